@@ -1,0 +1,1 @@
+"""Computers for AI agents that wait: the public names and nothing else."""

@@ -1,0 +1,1 @@
+"""The thin async client of E2B's wire protocol."""

@@ -1,0 +1,1 @@
+"""The same protocol, served on this machine."""

@@ -1,0 +1,1 @@
+"""Runs inside the sandbox; imports nothing of the other rooms."""

@@ -1,0 +1,216 @@
+"""What both sides of the wire speak, as plain data; durations in seconds, sizes in bytes unless a name says MB, times in UTC."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.alias_generators import to_camel
+
+State = Literal["running", "paused"]
+"""What the wire shows; transitions are shown as the nearest of the two (a sandbox being paused as `paused`)."""
+
+DEFAULT_TIMEOUT = 300
+"""Seconds a sandbox lives after create or connect, where the caller does not say (E2B's own default)."""
+
+DEFAULT_TEMPLATE = "code-interpreter-v1"
+
+ENVD_PORT = 49983
+INTERPRETER_PORT = 49999
+
+
+class Wire(BaseModel):
+    """A body of the control plane: camelCase outside, unknown fields ignored, as E2B's SDKs do."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True, alias_generator=to_camel)
+
+
+class AutoResume(Wire):
+    """Whether traffic wakes a paused sandbox."""
+
+    enabled: bool = False
+
+
+class CreateRequest(Wire):
+    """The body of `POST /sandboxes` and `POST /v2/sandboxes`."""
+
+    template_id: Annotated[str, Field(alias="templateID")] = DEFAULT_TEMPLATE
+    timeout: int | None = None
+    """Seconds until the server kills or pauses the sandbox. None: the server's default."""
+    auto_pause: bool = False
+    """Pause instead of kill when the timeout is reached."""
+    auto_resume: AutoResume | None = None
+    secure: bool = True
+    metadata: dict[str, str] = {}
+    env_vars: dict[str, str] = {}
+    allow_internet_access: Annotated[bool | None, Field(alias="allow_internet_access")] = None
+
+
+class ConnectRequest(Wire):
+    """The body of `POST /sandboxes/{id}/connect`."""
+
+    timeout: int | None = None
+    """Seconds from now until the sandbox's end; never shortens. None: the server's default."""
+
+
+class TimeoutRequest(Wire):
+    """The body of `POST /sandboxes/{id}/timeout`."""
+
+    timeout: Annotated[int, Field(ge=0)]
+    """Seconds from now until the sandbox's end; may shorten. 0 ends it at once."""
+
+
+class SandboxGrant(Wire):
+    """What create and connect answer: the address of a sandbox and the right to use it."""
+
+    sandbox_id: Annotated[str, Field(alias="sandboxID")]
+    template_id: Annotated[str, Field(alias="templateID")]
+    client_id: Annotated[str, Field(alias="clientID")] = ""
+    envd_version: str = ""
+    envd_access_token: str | None = None
+    """Sent with every call to the sandbox. None: the sandbox asks for none."""
+    traffic_access_token: str | None = None
+    domain: str | None = None
+    """Where the sandbox's own addresses live. None: the client's configured domain."""
+    alias: str | None = None
+
+
+class Lifecycle(Wire):
+    """What happens at the timeout, and whether traffic wakes the sandbox."""
+
+    auto_resume: bool = False
+    on_timeout: Literal["kill", "pause"] = "kill"
+
+
+class SandboxInfo(Wire):
+    """One row of a listing, or the answer to info."""
+
+    sandbox_id: Annotated[str, Field(alias="sandboxID")]
+    template_id: Annotated[str, Field(alias="templateID")]
+    client_id: Annotated[str, Field(alias="clientID")] = ""
+    alias: str | None = None
+    state: State
+    started_at: datetime
+    """When its last run began."""
+    end_at: datetime
+    """Running: when its timeout is reached. Paused: when it was paused."""
+    metadata: dict[str, str] = {}
+    cpu_count: int = 0
+    memory_mb: Annotated[int, Field(alias="memoryMB")] = 0
+    disk_size_mb: Annotated[int, Field(alias="diskSizeMB")] = 0
+    envd_version: str = ""
+    lifecycle: Lifecycle | None = None
+    resident_bytes: int | None = None
+    """RAM held on the host now, 0 when paused. None: the provider does not say (only the local engine does)."""
+    snapshot_bytes: int | None = None
+    """Bytes on disk of the memory snapshot, 0 while running. None: the provider does not say."""
+
+
+class ErrorBody(Wire):
+    """Every error of the control plane."""
+
+    code: int
+    message: str
+    error_code: Annotated[str | None, Field(alias="error_code")] = None
+
+
+# What `/execute` streams, one JSON object a line.
+
+
+class Event(BaseModel):
+    """One line of an execution; `type` says which."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Started(Event):
+    """The kernel took the code; its execution counter."""
+
+    type: Literal["number_of_executions"] = "number_of_executions"
+    execution_count: int
+
+
+class Stdout(Event):
+    """A piece of standard output."""
+
+    type: Literal["stdout"] = "stdout"
+    text: str
+    timestamp: str | int | None = None
+
+
+class Stderr(Event):
+    """A piece of standard error."""
+
+    type: Literal["stderr"] = "stderr"
+    text: str
+    timestamp: str | int | None = None
+
+
+class Result(Event):
+    """One displayed value, in every form the kernel gave; images and PDF are base64."""
+
+    type: Literal["result"] = "result"
+    text: str | None = None
+    html: str | None = None
+    markdown: str | None = None
+    svg: str | None = None
+    png: str | None = None
+    jpeg: str | None = None
+    pdf: str | None = None
+    latex: str | None = None
+    json_: Annotated[Any, Field(alias="json")] = None
+    javascript: str | None = None
+    data: Any = None
+    chart: Any = None
+    extra: dict[str, Any] | None = None
+    is_main_result: bool = False
+    omitted_bytes: int = 0
+    """Bytes on the wire of a result that was larger than the client's limit and therefore dropped unread."""
+
+
+class Failure(Event):
+    """The code raised: that is a result, not an exception of ours."""
+
+    type: Literal["error"] = "error"
+    name: str
+    value: str
+    traceback: str = ""
+
+
+class Keepalive(Event):
+    """Nothing happened for a while; the stream lives."""
+
+    type: Literal["keepalive"] = "keepalive"
+
+
+class Ended(Event):
+    """The last line. A stream without it was cut off."""
+
+    type: Literal["end_of_execution"] = "end_of_execution"
+
+
+ExecutionEvent = Annotated[
+    Started | Stdout | Stderr | Result | Failure | Keepalive | Ended,
+    Field(discriminator="type"),
+]
+
+
+class Execution(BaseModel):
+    """The outcome of one `run_code`, collected."""
+
+    results: list[Result] = []
+    stdout: str = ""
+    """Standard output; if `stdout_omitted` is not 0, its beginning and its end with the middle left out."""
+    stderr: str = ""
+    stdout_omitted: int = 0
+    """Characters left out of `stdout`."""
+    stderr_omitted: int = 0
+    failure: Failure | None = None
+    """What the code raised. None: it ran to its end."""
+    execution_count: int | None = None
+
+    @property
+    def text(self) -> str | None:
+        """The text of the value of the code's last expression. None: it had none."""
+        return next((result.text for result in self.results if result.is_main_result), None)

@@ -1,0 +1,1 @@
+"""When to pause: pure, no I/O, no clock of its own."""

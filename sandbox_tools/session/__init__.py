@@ -1,0 +1,1 @@
+"""Whose sandbox this is, and who is using it now."""
