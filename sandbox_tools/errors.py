@@ -251,7 +251,7 @@ def error_for_status(status_code: int) -> type[APIError]:
 
 
 def status_of(error: type[SandboxError]) -> int:
-    """The HTTP status the engine answers for an error class: its own or its nearest parent's, 400 for bad input, else 500."""
+    """The HTTP status of an error class: its own or its nearest parent's, 400 for bad input, else 500."""
     for parent in error.__mro__:
         for status, cls in STATUS_ERRORS.items():
             if cls is parent:

@@ -1,4 +1,4 @@
-"""What both sides of the wire speak, as plain data; durations in seconds, sizes in bytes unless a name says MB, times in UTC."""
+"""What both sides of the wire speak, as plain data: seconds, bytes (unless a name says MB), UTC."""
 
 from __future__ import annotations
 
