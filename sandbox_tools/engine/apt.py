@@ -1,11 +1,11 @@
-"""Packages from this machine's own apt sources, fetched into private directories; the system's apt state stays as it is."""
+"""Packages from this machine's own apt sources, fetched privately; the system's apt state stays as it is."""
 
 from __future__ import annotations
 
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +34,7 @@ class Source:
         return f"deb [signed-by={KEYRING}] {self.uri} {codename or self.codename} main"
 
 
-def run(argv: Sequence[str | Path], *, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> str:
+def run(argv: Sequence[str | Path], *, cwd: Path | None = None) -> str:
     """Run a command to its end and give back its standard output.
 
     Raises:
@@ -42,6 +42,8 @@ def run(argv: Sequence[str | Path], *, cwd: Path | None = None, env: Mapping[str
         EngineError: It ended with an exit code other than 0.
     """
     words = [os.fspath(word) for word in argv]
+    # Debian keeps `chroot` where an ordinary user's PATH does not look.
+    path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin:/usr/bin:/bin"
     try:
         # Others than the owner must be able to read what is unpacked: inside a sandbox, code runs as an ordinary user.
         done = subprocess.run(
@@ -51,7 +53,7 @@ def run(argv: Sequence[str | Path], *, cwd: Path | None = None, env: Mapping[str
             text=True,
             errors="replace",
             cwd=cwd,
-            env={**os.environ, "LC_ALL": "C.UTF-8", **(env or {})},
+            env={**os.environ, "LC_ALL": "C.UTF-8", "PATH": path},
             umask=0o022,
             check=False,
         )

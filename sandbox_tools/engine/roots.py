@@ -82,8 +82,7 @@ def build_root(templates_dir: Path, on_step: OnStep) -> Path:
     if finished.exists():
         return finished
 
-    on_step("Waiting for the builder's lock", 0.0)
-    with _locked(roots / ".lock"):
+    with _locked(roots / ".lock", on_wait=lambda: on_step("Waiting for another process that builds it", 0.0)):
         if finished.exists():
             return finished
 
@@ -139,7 +138,19 @@ def _build(partial: Path, codename: str, on_step: OnStep) -> None:
 
     on_step("Compiling Python packages", 0.8)
     enter = [] if os.geteuid() == 0 else ["unshare", "--user", "--map-root-user"]
-    run([*enter, "chroot", root, "python3", "-m", "compileall", "-q", "/" + str(packages.relative_to(root))])
+    run(
+        [
+            *enter,
+            "chroot",
+            root,
+            "/usr/bin/python3",
+            "-I",
+            "-m",
+            "compileall",
+            "-q",
+            "/" + str(packages.relative_to(root)),
+        ]
+    )
 
     on_step("Writing to disk", 0.95)
     run(["sync", "--file-system", root])
@@ -182,6 +193,9 @@ def _mmdebstrap(partial: Path) -> list[str | Path]:
         )
         raise ConfigError(msg, op="setup")
 
+    if not shutil.which("mmdebstrap") and os.geteuid() == 0:
+        run(["apt-get", "--quiet", "update"])
+        run(["apt-get", "--quiet", "--yes", "--no-install-recommends", "install", "mmdebstrap"])
     if shutil.which("mmdebstrap"):
         return ["mmdebstrap"]
 
@@ -237,10 +251,14 @@ def _glibc_minor(root: Path) -> int:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path, *, on_wait: Callable[[], None]) -> Iterator[None]:
     """Hold a file lock; the kernel lets go of it when the holder dies."""
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_wait()
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
