@@ -76,8 +76,7 @@ def build_root(templates_dir: Path, on_step: OnStep) -> Path:
     """
     roots = templates_dir / "roots"
     make_directory(roots)
-    with tempfile.TemporaryDirectory() as scratch:
-        codename = debian_codename() or base_source(debian_sources(Path(scratch))).codename
+    codename = _codename()
     finished = roots / _digest(codename)
     if finished.exists():
         return finished
@@ -101,6 +100,12 @@ def build_root(templates_dir: Path, on_step: OnStep) -> Path:
     return finished
 
 
+def find_root(templates_dir: Path) -> Path | None:
+    """The root file system that `build_root` would give without building. None: it would have to build."""
+    root = templates_dir / "roots" / _digest(_codename())
+    return root if root.exists() else None
+
+
 def remove_tree(path: Path) -> None:
     """Remove a directory with all that is in it, also directories that their owner may not write to."""
 
@@ -110,6 +115,15 @@ def remove_tree(path: Path) -> None:
         remove(failed)
 
     shutil.rmtree(path, onerror=unlocked)
+
+
+def _codename() -> str:
+    own = debian_codename()
+    if own:
+        return own
+
+    with tempfile.TemporaryDirectory() as scratch:
+        return base_source(debian_sources(Path(scratch))).codename
 
 
 def _digest(codename: str) -> str:
