@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import signal
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 from sandbox_tools.engine.runtime import Container, ContainerState
@@ -24,13 +23,13 @@ class Runsc:
     """The `Runtime` that gVisor's `runsc` is.
 
     Args:
-        binary: The `runsc` to call. An image is only restored by the version that wrote it, so callers pin it.
+        binary: The `runsc` to ask about containers in general; each container names its own.
         state: Where `runsc` keeps its own records; one directory for all containers of an engine.
         platform: gVisor's way of intercepting system calls; `systrap` needs nothing of the machine.
     """
 
     def __init__(self, binary: Path, state: Path, *, platform: str = "systrap") -> None:
-        self.binary = binary
+        self._binary = binary
         self._state = state
         self._platform = platform
         self._deletions: set[asyncio.Task[None]] = set()
@@ -72,8 +71,8 @@ class Runsc:
 
     async def kill(self, container: Container) -> None:
         """End the sandbox's process at once; `runsc` tidies its records afterwards, in its own time."""
-        if (process := sandbox_process(container)) is not None:
-            pidfd = process
+        pidfd = _sandbox_process(container)
+        if pidfd is not None:
             try:
                 with contextlib.suppress(ProcessLookupError):
                     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
@@ -81,14 +80,50 @@ class Runsc:
             finally:
                 os.close(pidfd)
 
+        # It waits for the host's init to reap the process: a second or two that nobody needs to see.
         task = asyncio.create_task(self._delete(container))
         self._deletions.add(task)
         task.add_done_callback(self._deletions.discard)
+
+    async def wait(self, container: Container) -> None:
+        """Return when the sandbox's process has ended, by whatever cause."""
+        pidfd = _sandbox_process(container)
+        if pidfd is not None:
+            try:
+                await _readable(pidfd)
+            finally:
+                os.close(pidfd)
+
+    def resident_bytes(self, container: Container) -> int:
+        """RAM that the sandbox's process holds: what is its own, and its share of what it shares (PSS)."""
+        pid = _sandbox_pid(container)
+        if pid is not None:
+            with contextlib.suppress(OSError):
+                for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+                    if line.startswith("Pss:"):
+                        return int(line.split()[1]) * 1024
+        return 0
 
     async def known(self) -> list[str]:
         """The ids of all containers that `runsc` has records of, dead ones included."""
         answer = await self._call(None, "list", "--format=json")
         return [entry["id"] for entry in json.loads(answer) or []]
+
+    async def settle(self) -> None:
+        """Wait for verbs that an engine which died has left running: they would bring up what nobody asks for now."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_VERB_SECONDS):
+                while self._verbs_under_way():  # noqa: ASYNC110 - other processes' children have no event
+                    await asyncio.sleep(0.05)
+
+    def _verbs_under_way(self) -> bool:
+        for process in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                argv = process.read_text(errors="replace").split("\0")
+                # `boot` and `gofer` are the containers themselves.
+                if f"--root={self._state}" in argv and not {"boot", "gofer"} & set(argv):
+                    return True
+        return False
 
     async def aclose(self) -> None:
         """Wait until the records of killed containers are gone."""
@@ -125,24 +160,6 @@ class Runsc:
         stdout: int = asyncio.subprocess.PIPE,
         stderr: int = asyncio.subprocess.PIPE,
     ) -> str:
-        """Run one verb to its end, even if the caller is cancelled: half a verb would leave half a container."""
-        call = asyncio.ensure_future(self._run(container, verb, arguments, stdin, stdout, stderr))
-        try:
-            return await asyncio.shield(call)
-        except asyncio.CancelledError:
-            with contextlib.suppress(EngineError):
-                await call
-            raise
-
-    async def _run(
-        self,
-        container: Container | None,
-        verb: str,
-        arguments: tuple[str, ...],
-        stdin: int,
-        stdout: int,
-        stderr: int,
-    ) -> str:
         argv = [*self._prefix(container), verb, *arguments]
         process = await asyncio.create_subprocess_exec(
             *argv,
@@ -170,7 +187,7 @@ class Runsc:
 
     def _prefix(self, container: Container | None) -> list[str]:
         flags = [
-            str(self.binary),
+            str(self._binary if container is None else container.binary),
             f"--root={self._state}",
             "--network=none",
             f"--platform={self._platform}",
@@ -200,58 +217,35 @@ def _log_file(container: Container) -> Path:
     return container.directory / "runsc.log"
 
 
-def sandbox_process(container: Container) -> int | None:
-    """A pidfd of the container's host process, which the caller closes; None if it is gone.
+def _sandbox_pid(container: Container) -> int | None:
+    """The container's host process; None if it is gone.
 
     The number in the pid file may have been given to another process since: only one that carries the container's id
     on its command line is it.
     """
-    try:
+    with contextlib.suppress(OSError, ValueError):
         pid = int(_pid_file(container).read_text())
-        pidfd = os.pidfd_open(pid)
-    except (OSError, ValueError):
-        return None
-
-    try:
         if container.id in Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0"):
-            return pidfd
-    except OSError:
-        pass
-    os.close(pidfd)
+            return pid
     return None
 
 
-def resident_bytes(container: Container) -> int:
-    """RAM that the container's host process holds now, its share of what it shares (PSS); 0 if it is gone."""
+def _sandbox_process(container: Container) -> int | None:
+    """A pidfd of the container's host process, which the caller closes; None if it is gone."""
+    pid = _sandbox_pid(container)
+    if pid is None:
+        return None
+
     try:
-        pid = int(_pid_file(container).read_text())
-        if container.id not in Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0"):
-            return 0
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        pass
-    return 0
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
 
-
-@contextlib.asynccontextmanager
-async def watched(container: Container) -> AsyncIterator[asyncio.Event]:
-    """An event that is set when the container's host process ends, by whatever cause."""
-    ended = asyncio.Event()
-    pidfd = sandbox_process(container)
-    if pidfd is None:
-        ended.set()
-        yield ended
-        return
-
-    loop = asyncio.get_running_loop()
-    loop.add_reader(pidfd, ended.set)
-    try:
-        yield ended
-    finally:
-        loop.remove_reader(pidfd)
+    # Opened first and checked again: the number cannot change hands under an open pidfd.
+    if _sandbox_pid(container) != pid:
         os.close(pidfd)
+        return None
+    return pidfd
 
 
 async def _readable(fd: int) -> None:

@@ -1,4 +1,4 @@
-"""The seam between the engine and whatever isolates: seven verbs on one container."""
+"""The seam between the engine and whatever isolates: a handful of verbs on one container."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ class Container:
     Attributes:
         id: Its name, unique among all containers of the runtime.
         directory: Its own directory: the OCI bundle, the pipes and what the sandbox writes to its files.
+        binary: The runtime's executable. An image is restored only by the version that wrote it, so a sandbox keeps to
+            one all its life.
     """
 
     id: str
     directory: Path
+    binary: Path
 
     @property
     def bundle(self) -> Path:
@@ -69,6 +72,26 @@ class Runtime(Protocol):
         """End the container at once and free its memory; one that is gone already is no error."""
         ...
 
+    async def wait(self, container: Container) -> None:
+        """Return when the container has ended, by whatever cause; at once if it is gone."""
+        ...
+
     async def state(self, container: Container) -> ContainerState:
         """What the container is doing now."""
+        ...
+
+    async def settle(self) -> None:
+        """Wait for verbs that an engine which died has left running."""
+        ...
+
+    async def known(self) -> list[str]:
+        """The ids of all containers there are records of, dead ones included."""
+        ...
+
+    def resident_bytes(self, container: Container) -> int:
+        """RAM that the container holds on the host now; 0 if it is gone."""
+        ...
+
+    async def aclose(self) -> None:
+        """Wait for what goes on behind answered verbs."""
         ...
