@@ -5,13 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 from sandbox_tools.errors import ConfigError
 from sandbox_tools.models import CreateRequest, SandboxGrant
-
-NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +54,10 @@ class Dialect:
     create_path: str = "/sandboxes"
     create_without: frozenset[str] = frozenset()
     """Fields of the common body that this provider must not be sent."""
-    create_with: Mapping[str, Any] = NOTHING
+    create_with: Mapping[str, Any] = field(default_factory=dict)
     connect_path: str = "/sandboxes/{id}/connect"
-    connect_with: Mapping[str, Any] = NOTHING
-    pause_body: Mapping[str, Any] | None = NOTHING
+    connect_with: Mapping[str, Any] = field(default_factory=dict)
+    pause_body: Mapping[str, Any] | None = field(default_factory=dict)
     """None: the request has no body at all."""
 
     id_header: str = "E2b-Sandbox-Id"

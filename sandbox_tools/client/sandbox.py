@@ -11,7 +11,7 @@ import httpx
 from pydantic import ValidationError
 
 from sandbox_tools.client.codec import EventDecoder, ExecutionCollector
-from sandbox_tools.client.transport import retry_after, translate
+from sandbox_tools.client.transport import close, retry_after, translate
 from sandbox_tools.errors import (
     APIError,
     ConfigError,
@@ -156,7 +156,7 @@ class Sandbox:
                     msg = "The answer to `run_code` ended before the code did. Run something small to see what is left."
                     raise await self._cut(ProtocolError(msg, op="run_code", sandbox_id=self.id))
         finally:
-            await response.aclose()
+            await close(response)
 
     async def pause(self) -> bool:
         """As `Client.pause`."""

@@ -177,7 +177,7 @@ class Transport:
     async def open(
         self, op: str, url: str, *, headers: Mapping[str, str], body: Mapping[str, Any], sandbox_id: str
     ) -> httpx.Response:
-        """Sends one request to a sandbox on a connection of its own; the caller reads the answer and closes it.
+        """Sends one request to a sandbox on a connection of its own; the caller reads the answer and gives it to `close`.
 
         It is sent again only if no connection came about, because nobody can know how far sent code has run.
         """
@@ -235,6 +235,17 @@ class Transport:
             self._engine.lost()
             await self._engine.ready()
             return await attempt()
+
+
+async def close(response: httpx.Response) -> None:
+    """Closes a streamed answer and its connection, also when the caller is cancelled while it does."""
+    # httpx takes locks before it closes the socket, and a cancellation there would leave both open.
+    closing = asyncio.create_task(response.aclose())
+    try:
+        await asyncio.shield(closing)
+    except asyncio.CancelledError:
+        await closing
+        raise
 
 
 def translate(error: Exception, *, op: str, sandbox_id: str | None) -> SandboxError:
