@@ -115,12 +115,12 @@ class SqliteBindings:
             if found is not None:
                 return found
             handle = new_handle()
-            db.execute(
-                "INSERT INTO sandboxes (handle, owner, thread, idle_since) VALUES (?, ?, ?, ?)",
-                (handle, owner, thread, now),
-            )
+            columns = "(handle, owner, thread, idle_since) VALUES (?, ?, ?, ?)"
+            row = db.execute(
+                f"INSERT INTO sandboxes {columns} RETURNING {COLUMNS}", (handle, owner, thread, now)
+            ).fetchone()
             _point(db, owner, thread, handle)
-            return _required(_current(db, owner, thread))
+            return Binding(**dict(row))
 
         return await self._transact(work)
 

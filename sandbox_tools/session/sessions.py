@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import secrets
 import threading
-from collections.abc import AsyncIterator, Awaitable, Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from sandbox_tools import paths
 from sandbox_tools.errors import ConfigError, ExecutionTimeoutError, SandboxError
 from sandbox_tools.policy.pause import PauseAfter, PausePolicy
-from sandbox_tools.session.bindings import Binding, SqliteBindings
+from sandbox_tools.session.bindings import SqliteBindings
 from sandbox_tools.session.clock import Clock, SystemClock
 from sandbox_tools.session.sweeper import Sweeper
 from sandbox_tools.session.transitions import HOLD, OWNER, Transitions
@@ -81,7 +83,7 @@ class Sessions:
             self._owned_client = None
         self._owned_bindings = None
         if bindings is None:
-            bindings = self._owned_bindings = SqliteBindings(paths.state_directory() / "sessions.db")
+            bindings = self._owned_bindings = SqliteBindings(_default_bindings(client))
         self._clock = clock or SystemClock()
         self._bindings = bindings
         self._client = client
@@ -96,7 +98,7 @@ class Sessions:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._sweeper: Sweeper | None = None
         self._sweeping: asyncio.Task[None] | None = None
-        self._closed = False
+        self._closed = self._finished = False
 
     def session(self, thread: str, *, owner: str = "default") -> Session:
         """The conversation `thread` of `owner`; nothing is created until it is used.
@@ -114,7 +116,7 @@ class Sessions:
         await self._on_own_loop().sweep()
 
     async def aclose(self) -> None:
-        """Pause what this registry has used and is idle now, and close; what is in use is left to the server's timer."""
+        """Pause what this registry has used and is idle, and close; what is in use is left to the server's timer."""
         if self._closed:
             return
         sweeper = self._on_own_loop()
@@ -129,6 +131,7 @@ class Sessions:
         except TimeoutError:
             pass
         finally:
+            self._finished = True
             if self._owned_bindings is not None:
                 await self._owned_bindings.aclose()
             if self._owned_client is not None:
@@ -159,7 +162,7 @@ class Sessions:
             msg = "These `Sessions` are closed. Make new ones."
             raise ConfigError(msg)
         if self._sweeper is None:
-            self._sweeper = Sweeper(self._clock, settle=self._settle, beat=self._beat, spawn=self._spawn)
+            self._sweeper = Sweeper(self._clock, settle=self._settle, beat=self._beat, spawn=self.spawn)
             self._sweeping = loop.create_task(self._sweeper.run())
         return self._sweeper
 
@@ -170,16 +173,21 @@ class Sessions:
         if self._leases or self._turns or self._tasks:
             await self._transitions.beat(set(self._leases.values()))
 
-    def _spawn(self, work: Awaitable[T]) -> asyncio.Task[T]:
+    def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """A task that is not cancelled with whoever waits for it, and that `aclose` waits for."""
-
-        async def run() -> T:
-            return await work
-
-        task = asyncio.get_running_loop().create_task(run())
+        task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _default_bindings(client: Client) -> Path:
+    """One file for each control plane: a sandbox of one is no lost sandbox of the other."""
+    name = "sessions"
+    if client.address.url_named or client.dialect.default_domain is not None:
+        place = hashlib.sha256(client.address.api_url.encode()).hexdigest()[:8]
+        name += f"-{client.dialect.name}-{place}"
+    return paths.state_directory() / f"{name}.db"
 
 
 class Session:
@@ -197,12 +205,12 @@ class Session:
         """The thread's sandbox, created or woken if need be; nothing pauses it inside the `async with`.
 
         Raises:
-            SandboxBusyError: Another process has been creating or pausing it for two minutes.
+            SandboxBusyError: Another process has been creating or pausing it for a quarter of an hour.
             OwnershipError: The sandbox does not bear this owner's stamp.
         """
         self._sessions._on_own_loop()
         use = secrets.token_hex(8)
-        opening = self._sessions._spawn(self._open(use))
+        opening = self._sessions.spawn(self._open(use))
         try:
             yield await asyncio.shield(opening)
         except SandboxError as error:
@@ -211,7 +219,7 @@ class Session:
                 self._transitions.awake.pop(self._sessions._leases.get(use, ""), None)
             raise
         finally:
-            ending = self._sessions._spawn(self._end_lease(use, opening))
+            ending = self._sessions.spawn(self._end_lease(use, opening))
             # Cancelled while it opens: the opening goes on and its lease ends behind the caller's back.
             if opening.done():
                 await asyncio.shield(ending)
@@ -321,7 +329,7 @@ class Session:
 
     async def _finish(self, work: Coroutine[Any, Any, T]) -> T:
         """Its outcome; cancelling the caller does not cancel the work."""
-        return await asyncio.shield(self._sessions._spawn(work))
+        return await asyncio.shield(self._sessions.spawn(work))
 
     def _turn_use(self, run: str) -> str:
         return f"{self._sessions._holder}/{self.owner}/{self.thread}/{run}"
@@ -334,6 +342,8 @@ class Session:
     async def _end_lease(self, use: str, opening: asyncio.Task[Sandbox]) -> None:
         await asyncio.wait([opening])
         self._sessions._leases.pop(use, None)
+        if self._sessions._finished:
+            return
         handle = await self._bindings.end_use(use, self._sessions._clock.time())
         self._idle(handle)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
 
 from sandbox_tools.session.clock import Clock
 
@@ -32,7 +33,7 @@ class Sweeper:
         *,
         settle: Callable[[str], Awaitable[float | None]],
         beat: Callable[[], Awaitable[None]],
-        spawn: Callable[[Awaitable[None]], asyncio.Task[None]],
+        spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
     ) -> None:
         self._clock = clock
         self._settle = settle
@@ -59,23 +60,28 @@ class Sweeper:
             self.schedule(handle, again)
 
     async def sweep(self) -> None:
-        """Decide on every sandbox that is due, and return when all that follows is done."""
-        now = self._clock.time()
-        await asyncio.gather(*(self.settle(handle) for handle, when in list(self._due.items()) if when <= now))
+        """Do all that is due, and return when it is done."""
+        await asyncio.gather(*self._due_now())
 
     async def run(self) -> None:
-        """Sweep and beat until cancelled."""
+        """Do all that is due whenever it is, until cancelled."""
         while True:
             self._woken.clear()
-            now = self._clock.time()
-            for handle in [handle for handle, when in self._due.items() if when <= now]:
-                del self._due[handle]
+            for work in self._due_now():
                 # Not awaited: a pause may take longer than a beat.
-                self._spawn(self.settle(handle))
-            if now >= self._next_beat:
-                self._next_beat = now + BEAT
-                self._spawn(self._beat_quietly())
+                self._spawn(work)
             await self._clock.wait(self._woken, min([self._next_beat, *self._due.values()]))
+
+    def _due_now(self) -> list[Coroutine[Any, Any, None]]:
+        now = self._clock.time()
+        due = [handle for handle, when in self._due.items() if when <= now]
+        for handle in due:
+            del self._due[handle]
+        work: list[Coroutine[Any, Any, None]] = [self.settle(handle) for handle in due]
+        if now >= self._next_beat:
+            self._next_beat = now + BEAT
+            work.append(self._beat_quietly())
+        return work
 
     async def _beat_quietly(self) -> None:
         try:

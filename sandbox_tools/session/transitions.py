@@ -44,8 +44,8 @@ GRACE = 15
 HOLD = 60.0
 """Seconds after which a use or transition that is not renewed counts as its process's death."""
 
-PATIENCE = 120.0
-"""Seconds a lease waits for another process's transition."""
+PATIENCE = 900.0
+"""Seconds a lease waits for another process's transition; a first create may build the local template in it."""
 
 GONE = (NotFoundError, SandboxExpiredError)
 
@@ -60,9 +60,9 @@ class Awake:
 
 
 class Transitions:
-    """What all sessions of one registry share of that. Within the process, one transition of a handle waits for another.
+    """What all sessions of one registry share of that; within it, one transition of a handle waits for another.
 
-    None of this may be cut short: `Sessions` runs each call as a task of its own and lets only the waiting be cancelled.
+    None of this may be cut short: `Sessions` runs each call as its own task and lets only the waiting be cancelled.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Transitions:
         return self._locks.setdefault(handle, asyncio.Lock())
 
     async def open(self, owner: str, thread: str, *, use: str, handle: str | None = None) -> tuple[str, Sandbox]:
-        """Begin the lease `use` on the thread's sandbox, made or woken as needed. The caller ends the use, whatever happens.
+        """Begin the lease `use` on the thread's sandbox, made or woken as needed; the caller ends it, even on an error.
 
         Args:
             handle: A sandbox of the owner to wake instead, which is then never made anew.
