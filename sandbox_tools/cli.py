@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import sys
@@ -100,7 +101,7 @@ def _setup(arguments: argparse.Namespace) -> int:
         stage("runsc")("Looking for runsc", 0.0)
         runsc = install_runsc(state)
         root = build_root(templates_dir, stage("root file system"))
-        templates.prepare(state, templates_dir, stage("warmed template"))
+        asyncio.run(templates.prepare(state, templates_dir, stage("warmed template")))
     seconds = round(time.monotonic() - started, 1)
 
     if arguments.json:
