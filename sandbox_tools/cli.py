@@ -66,6 +66,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KEY",
         help="what clients must send; on TCP one is generated where none is given (default: $SANDBOX_TOOLS_API_KEY)",
     )
+    serve.add_argument(
+        "--idle-exit",
+        type=float,
+        metavar="SECONDS",
+        help="exit after so long without a running sandbox or a request (default: never)",
+    )
+    serve.add_argument("--memory-mb", type=int, default=2048, metavar="MB", help="memory of a sandbox (default: 2048)")
     return parser
 
 
@@ -142,6 +149,8 @@ def _serve(arguments: argparse.Namespace) -> int:
         host=arguments.host or ("127.0.0.1" if arguments.port else None),
         port=arguments.port,
         api_key=arguments.api_key,
+        idle_exit=arguments.idle_exit,
+        memory_mb=arguments.memory_mb,
     )
     return code
 

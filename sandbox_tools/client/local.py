@@ -31,7 +31,7 @@ HEALTH_TIMEOUT = 5.0
 LOCK_TAKEN = 3
 """The exit code of an engine that found another one on its state directory."""
 
-SERVE = (sys.executable, "-m", "sandbox_tools", "serve")
+SERVE = (sys.executable, "-m", "sandbox_tools", "serve", "--idle-exit", "900")
 
 
 class LocalEngine:

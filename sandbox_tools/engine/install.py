@@ -45,7 +45,11 @@ def find_runsc(state: Path | None = None) -> Runsc:
     """
     chosen = os.environ.get("SANDBOX_TOOLS_RUNSC")
     if chosen:
-        return _checked(Path(chosen))
+        try:
+            return _checked(Path(chosen))
+        except ConfigError as error:
+            msg = f"{error.message} It is what `SANDBOX_TOOLS_RUNSC` names.\n{USE_A_CLOUD}"
+            raise ConfigError(msg, op="setup") from None
 
     problem = "`runsc` (gVisor) is not installed."
     on_path = shutil.which("runsc")
