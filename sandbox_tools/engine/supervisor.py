@@ -239,7 +239,8 @@ class Supervisor:
             await self._lifecycle.pause(entry)
         finally:
             if entry.phase == "gone":
-                self._forget(entry, "it ended while it was being paused")
+                self._remember(entry, "it ended while it was being paused")
+                self._entries.pop(entry.record.id, None)
 
     async def _kill(self, entry: Entry) -> None:
         async with entry.lock:
@@ -271,8 +272,10 @@ class Supervisor:
             await self._end(entry, f"it ended by itself; {needed}")
 
     async def _end(self, entry: Entry, reason: str) -> None:
+        # Remembered first: from here on whoever asks is told that it is gone, and why.
+        self._remember(entry, reason)
         await self._lifecycle.end(entry, reason)
-        self._forget(entry, reason)
+        self._entries.pop(entry.record.id, None)
 
     async def _set_end(self, entry: Entry, end: datetime) -> None:
         before = entry.record
@@ -350,8 +353,7 @@ class Supervisor:
             msg += f": {reason}"
         return NotFoundError(msg, sandbox_id=sandbox_id)
 
-    def _forget(self, entry: Entry, reason: str) -> None:
-        self._entries.pop(entry.record.id, None)
+    def _remember(self, entry: Entry, reason: str) -> None:
         self._ended[entry.record.id] = reason
         while len(self._ended) > _REMEMBERED:
             del self._ended[next(iter(self._ended))]
