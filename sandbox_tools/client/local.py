@@ -201,6 +201,8 @@ class _Starter:
         # caller's, whose files could shadow modules; so a checkout that is not installed must be named to be found.
         package = str(Path(__file__).parents[2])
         env = dict(os.environ)
+        # On a Unix socket its permissions decide; this user's other processes may not have the key.
+        env.pop("SANDBOX_TOOLS_API_KEY", None)
         if package != sysconfig.get_path("purelib"):
             env["PYTHONPATH"] = os.pathsep.join(filter(None, [package, env.get("PYTHONPATH")]))
 
