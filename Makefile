@@ -1,0 +1,55 @@
+# Each target does its own set-up in a clean clone: virtual environment, packages, runsc and the warmed template.
+PYTHON ?= $(firstword $(shell command -v python3.11) $(shell command -v python3))
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CONSTRAINTS := --constraint constraints.txt
+
+.PHONY: demo chat test bench lint setup clean
+
+demo: setup  ## A conversation whose sandbox sleeps between two processes
+	@$(BIN)/python examples/conversation.py
+
+chat: setup  ## The same with a real chat model, where the environment has a key for one
+	@$(BIN)/python examples/chat.py
+
+test: setup  ## All tests, against the real engine; ARGS='-k name' passes options to pytest
+	@$(BIN)/python -m pytest --cov --cov-report=term $(ARGS); code=$$?; echo $$code >$(VENV)/pytest-exit-code; exit $$code
+
+bench: setup  ## Times beside bare runsc
+	@$(BIN)/python benchmarks/engine.py
+
+lint: $(VENV)/packages
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+setup: $(VENV)/packages
+	@$(BIN)/sandbox-tools setup
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage*
+
+# pip of Python 3.11 knows no dependency groups yet, hence the newer one first.
+$(VENV)/packages: pyproject.toml constraints.txt | $(VENV)/made
+	@echo "Installing Python packages ..."
+	@$(PIP) install --quiet $(CONSTRAINTS) pip
+	@$(PIP) install --quiet $(CONSTRAINTS) --editable '.[local,langchain]' --group test --group lint
+	@touch $@
+
+$(VENV)/made:
+	@test -n '$(PYTHON)' || { echo 'No python3 here. Install Python 3.11 or newer.' >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo '$(PYTHON) is older than 3.11. Name a newer one: make PYTHON=/path/to/python3' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || $(MAKE) --no-print-directory venv-module
+	@$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+# Debian keeps venv in a package of its own.
+.PHONY: venv-module
+venv-module:
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq -y install python3-venv >/dev/null; \
+	else \
+		echo '$(PYTHON) has no venv module. Install it: apt-get install python3-venv' >&2; exit 1; \
+	fi

@@ -1,0 +1,92 @@
+"""The OCI bundle of a sandbox: what it sees, as what it runs, and what it may use (OCI runtime spec 1.0.2)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+GUEST_PACKAGES = "/opt/sandbox-tools"
+"""Where the guest's own code is mounted inside, read-only."""
+
+_CAPABILITIES = [
+    "CAP_AUDIT_WRITE",
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_FOWNER",
+    "CAP_FSETID",
+    "CAP_KILL",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_SETFCAP",
+    "CAP_SETGID",
+    "CAP_SETPCAP",
+    "CAP_SETUID",
+    "CAP_SYS_CHROOT",
+]
+
+_GUEST = [
+    "/usr/bin/tini",
+    "--",
+    "/usr/bin/python3",
+    "-m",
+    "sandbox_tools.guest.main",
+    "--tunnel",
+    "--limit-memory",
+]
+
+
+def bundle_config(
+    *, root: Path, guest: Path, memory_mb: int, cgroup: str | None, hostname: str = "sandbox"
+) -> dict[str, Any]:
+    """The `config.json` of a sandbox.
+
+    Nothing of the host is in it but the template's own root, shared by all and written by none (writes go to the
+    sandbox's overlay), and the guest's code, read-only.
+
+    Args:
+        root: The template's root file system.
+        guest: A directory that holds `sandbox_tools/guest`.
+        memory_mb: Shown inside as the machine's memory, and enforced where `cgroup` is given.
+        cgroup: The control group to make for it. None where the user may not make one.
+    """
+    linux: dict[str, Any] = {
+        "namespaces": [{"type": kind} for kind in ("pid", "ipc", "uts", "mount", "network")],
+        "resources": {"memory": {"limit": memory_mb << 20}, "pids": {"limit": 4096}},
+    }
+    if cgroup is not None:
+        linux["cgroupsPath"] = cgroup
+
+    return {
+        "ociVersion": "1.0.2",
+        "hostname": hostname,
+        "root": {"path": str(root), "readonly": False},
+        "process": {
+            "terminal": False,
+            "user": {"uid": 0, "gid": 0},
+            "args": _GUEST,
+            "cwd": "/",
+            "env": [
+                "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+                "HOME=/root",
+                "LANG=C.UTF-8",
+                f"PYTHONPATH={GUEST_PACKAGES}",
+                "PYTHONDONTWRITEBYTECODE=1",
+                # Shown by the guest's server to the sandbox's own processes; the host enforces it where it can.
+                f"SANDBOX_MEMORY_MB={memory_mb}",
+            ],
+            "capabilities": {kind: _CAPABILITIES for kind in ("bounding", "effective", "permitted")},
+        },
+        "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc"},
+            {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid", "noexec", "ro"]},
+            {"destination": "/dev/shm", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=1777"]},
+            {"destination": GUEST_PACKAGES, "type": "bind", "source": str(guest), "options": ["bind", "ro"]},
+        ],
+        "linux": linux,
+    }
+
+
+def write_bundle(directory: Path, config: dict[str, Any]) -> None:
+    """Make `directory` a bundle of that configuration."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")

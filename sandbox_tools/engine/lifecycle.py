@@ -1,0 +1,250 @@
+"""One sandbox's transitions between running, paused and gone, each safe against a crash at any point.
+
+Every transition writes the sandbox's record before it lets go of the state it leaves, so that whoever comes after a
+crash finds the old state whole or the new one. The caller holds the sandbox's lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+from sandbox_tools.engine import snapshots, templates
+from sandbox_tools.engine.bundle import write_bundle
+from sandbox_tools.engine.guest_calls import initialise
+from sandbox_tools.engine.records import RECORD, Record
+from sandbox_tools.engine.runtime import Container, Runtime
+from sandbox_tools.engine.tunnel import Tunnel
+from sandbox_tools.errors import EngineError
+
+log = logging.getLogger(__name__)
+
+Phase = Literal["running", "pausing", "paused", "resuming", "gone"]
+
+
+class Entry:
+    """A sandbox in the engine's memory: its record, and what is alive of it."""
+
+    def __init__(self, record: Record, phase: Phase) -> None:
+        self.record = record
+        self.phase: Phase = phase
+        # One transition at a time; whoever waited looks at the phase again.
+        self.lock = asyncio.Lock()
+        # None whenever traffic must not reach the sandbox.
+        self.tunnel: Tunnel | None = None
+        self.watch: asyncio.Task[None] | None = None
+
+
+class Lifecycle:
+    """The transitions, over one state directory.
+
+    Args:
+        state: The engine's state directory.
+        template_directory: Where the templates are.
+        now: The wall clock.
+        on_end: Told of a sandbox whose container ended by itself.
+    """
+
+    def __init__(
+        self,
+        state: Path,
+        template_directory: Path,
+        runtime: Runtime,
+        *,
+        now: Callable[[], datetime],
+        on_end: Callable[[Entry, Container], None],
+    ) -> None:
+        self.sandboxes = state / "sandboxes"
+        self.snapshots = state / "snapshots"
+        self.runtime = runtime
+        self._template_directory = template_directory
+        self._now = now
+        self._on_end = on_end
+
+    def container(self, entry: Entry) -> Container:
+        """The container of the sandbox's current run; every resume makes a new one."""
+        record = entry.record
+        return Container(
+            id=f"{record.id}-{record.run}",
+            directory=self._directory(entry) / f"run-{record.run}",
+            binary=self._template_directory / "runsc" / record.runsc,
+        )
+
+    async def create(self, entry: Entry, env: Mapping[str, str]) -> None:
+        """Bring a new sandbox up from its template; where that fails nothing is left of it."""
+        template = templates.load(self._template_directory, entry.record.template)
+        try:
+            tunnel = await self._start_run(entry, template.image)
+            await initialise(tunnel, sandbox_id=entry.record.id, token=entry.record.token, env=env)
+            await self.save(entry)
+        except BaseException:
+            await self.end(entry, "it could not be started")
+            raise
+
+        self._runs(entry)
+
+    async def resume(self, entry: Entry, end: datetime) -> None:
+        """Bring a paused sandbox back; where that fails it stays paused, its snapshot untouched."""
+        paused = entry.record
+        snapshot = self._snapshot(entry)
+        entry.phase = "resuming"
+        try:
+            await asyncio.to_thread(snapshots.verify, snapshot, cpu=templates.cpu())
+            now = self._now()
+            changes = {"state": "running", "run": paused.run + 1, "snapshot": None, "snapshot_bytes": 0}
+            entry.record = paused.model_copy(update={**changes, "started_at": now, "end_at": end})
+            await self._start_run(entry, snapshot)
+            # Until this is written the snapshot is the truth; from then on the live container is.
+            await self.save(entry)
+        except BaseException:
+            await self._end_run(entry, "it could not be resumed")
+            entry.record = paused
+            entry.phase = "paused"
+            raise
+
+        self._runs(entry)
+        await _remove(snapshot)
+
+    async def pause(self, entry: Entry) -> None:
+        """Memory, processes and files on disk, RAM free.
+
+        Raises:
+            EngineError: It could not be written. The sandbox goes on running, unless its phase says that it is gone.
+        """
+        running = entry.record
+        final = self.snapshots / running.id / str(running.run)
+        entry.phase = "pausing"
+        self._let_go(entry, "the sandbox is being paused")
+        try:
+            manifest = await self._write_snapshot(entry, final)
+            changes = {"state": "paused", "snapshot": final.name, "snapshot_bytes": manifest.size}
+            entry.record = running.model_copy(update={**changes, "end_at": self._now()})
+            # Until this is written the live container is the truth; from then on the snapshot is.
+            await self.save(entry)
+        except (OSError, EngineError) as error:
+            entry.record = running
+            outcome = "goes on running" if await self._go_on(entry) else "is lost"
+            await _remove(final)
+            msg = f"Sandbox {running.id} could not be paused and {outcome}: {error}"
+            raise EngineError(msg, op="pause", sandbox_id=running.id) from error
+
+        entry.phase = "paused"
+        await self._end_run(entry, "the sandbox is paused")
+
+    async def adopt(self, entry: Entry) -> None:
+        """Take over a sandbox that an earlier engine ran.
+
+        Raises:
+            EngineError: It is gone, or can't be reached.
+        """
+        container = self.container(entry)
+        if await self.runtime.state(container) == "gone":
+            msg = "it ended while no engine was there to watch it, or the machine was restarted"
+            raise EngineError(msg, op="adopt", sandbox_id=entry.record.id)
+
+        await self.runtime.thaw(container)
+        entry.tunnel = Tunnel(container.pipes)
+        await entry.tunnel.attach()
+        self._runs(entry)
+
+    async def end(self, entry: Entry, reason: str) -> None:
+        """End the sandbox, running or paused, and remove all of it."""
+        entry.phase = "gone"
+        # The record goes first: what a crash leaves of the rest, the next engine sweeps.
+        (self._directory(entry) / RECORD).unlink(missing_ok=True)
+        await self._end_run(entry, reason)
+        await _remove(self._directory(entry))
+        await _remove(self.snapshots / entry.record.id)
+
+    async def drop_run(self, entry: Entry) -> None:
+        """Make sure that nothing of a paused sandbox's last run is alive."""
+        await self._end_run(entry, "the sandbox is paused")
+
+    def leave(self, entry: Entry) -> None:
+        """Let go of a running sandbox and leave it to the next engine."""
+        self._let_go(entry, "the engine stopped")
+
+    async def save(self, entry: Entry) -> None:
+        """Write the record durably."""
+        self._directory(entry).mkdir(parents=True, exist_ok=True)
+        await asyncio.to_thread(entry.record.save, self._directory(entry))
+
+    def _directory(self, entry: Entry) -> Path:
+        return self.sandboxes / entry.record.id
+
+    def _snapshot(self, entry: Entry) -> Path:
+        return self.snapshots / entry.record.id / str(entry.record.snapshot)
+
+    async def _write_snapshot(self, entry: Entry, final: Path) -> snapshots.Manifest:
+        container = self.container(entry)
+        partial = await asyncio.to_thread(snapshots.begin, final)
+        try:
+            # Frozen first, so that nothing runs on between the image and the end of the container.
+            await self.runtime.freeze(container)
+            await self.runtime.checkpoint(container, partial)
+            return await asyncio.to_thread(
+                snapshots.commit, partial, final, runsc=container.binary.name, cpu=templates.cpu()
+            )
+        finally:
+            await _remove(partial)
+
+    async def _go_on(self, entry: Entry) -> bool:
+        """Let a sandbox that could not be paused run on; whether it still can."""
+        try:
+            await self.adopt(entry)
+        except (EngineError, OSError) as error:
+            log.error("Sandbox %s did not come back after a failed pause: %s", entry.record.id, error)
+            await self.end(entry, "it ended while it was being paused")
+            return False
+
+        # The failed pause may have got as far as the record; a disk too full for it has kept the old one.
+        with contextlib.suppress(OSError):
+            await self.save(entry)
+        return True
+
+    async def _start_run(self, entry: Entry, image: Path) -> Tunnel:
+        """A new container from an image, with the tunnel attached."""
+        template = templates.load(self._template_directory, entry.record.template)
+        container = self.container(entry)
+        await _remove(container.directory)
+        container.directory.mkdir(parents=True)
+        write_bundle(container.bundle, template.config(container))
+        container.pipes.make()
+        entry.tunnel = Tunnel(container.pipes)
+        entry.tunnel.open_pipes()
+        await self.runtime.restore(container, image)
+        await entry.tunnel.attach()
+        return entry.tunnel
+
+    async def _end_run(self, entry: Entry, reason: str) -> None:
+        self._let_go(entry, reason)
+        container = self.container(entry)
+        await self.runtime.kill(container)
+        await _remove(container.directory)
+
+    def _let_go(self, entry: Entry, reason: str) -> None:
+        """Cut all traffic: new requests find no tunnel, then those in flight break."""
+        tunnel, entry.tunnel = entry.tunnel, None
+        watch, entry.watch = entry.watch, None
+        if watch is not None:
+            watch.cancel()
+        if tunnel is not None:
+            tunnel.detach(reason)
+
+    def _runs(self, entry: Entry) -> None:
+        entry.phase = "running"
+        entry.watch = asyncio.create_task(self._watch(entry, self.container(entry)))
+
+    async def _watch(self, entry: Entry, container: Container) -> None:
+        await self.runtime.wait(container)
+        self._on_end(entry, container)
+
+
+async def _remove(directory: Path) -> None:
+    await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)

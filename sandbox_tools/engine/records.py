@@ -1,0 +1,143 @@
+"""What the engine knows of a sandbox, as plain data on disk, and how listings are cut into pages."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import secrets
+import string
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pydantic import BaseModel, ValidationError
+
+from sandbox_tools.engine.snapshots import write_durably
+from sandbox_tools.errors import ConfigError
+from sandbox_tools.models import Lifecycle, SandboxGrant, SandboxInfo, State
+
+CLIENT_ID = "6532622b"
+"""The constant that E2B returns; nothing depends on it."""
+
+ENVD_VERSION = "0.6.13"
+"""What SDKs take the sandbox to be able to do."""
+
+RECORD = "record.json"
+
+
+class Record(BaseModel):
+    """One sandbox. `state` says where its truth is: in a live container, or in a snapshot."""
+
+    id: str
+    template: str
+    """The template version it was made from: its root file system must outlive the sandbox."""
+    template_name: str
+    runsc: str
+    """The pinned `runsc` it runs under, all its life."""
+    state: State
+    run: int = 1
+    """Counts its containers: every resume makes a new one."""
+    snapshot: str | None = None
+    """The name of the snapshot to resume from; only while paused."""
+    snapshot_bytes: int = 0
+    started_at: datetime
+    end_at: datetime
+    """Running: when the timeout is reached. Paused: when it was paused."""
+    auto_pause: bool
+    auto_resume: bool = False
+    secure: bool = True
+    token: str
+    memory_mb: int
+    metadata: dict[str, str] = {}
+
+    def save(self, directory: Path) -> None:
+        """Write it durably."""
+        write_durably(directory / RECORD, self.model_dump_json())
+
+    @classmethod
+    def load(cls, directory: Path) -> Record | None:
+        """The record in a sandbox's directory; None where there is none that can be read."""
+        try:
+            return cls.model_validate_json((directory / RECORD).read_bytes())
+        except (OSError, ValidationError):
+            return None
+
+    def grant(self) -> SandboxGrant:
+        """What create and connect answer."""
+        return SandboxGrant(
+            sandbox_id=self.id,
+            template_id=self.template_name,
+            client_id=CLIENT_ID,
+            envd_version=ENVD_VERSION,
+            envd_access_token=self.token,
+        )
+
+    def info(self, *, resident_bytes: int | None = None, pausing: bool = False) -> SandboxInfo:
+        """A row of a listing; a sandbox on its way to a snapshot is shown as paused already."""
+        return SandboxInfo(
+            sandbox_id=self.id,
+            template_id=self.template_name,
+            client_id=CLIENT_ID,
+            state="paused" if pausing else self.state,
+            started_at=self.started_at,
+            end_at=self.end_at,
+            metadata=self.metadata,
+            cpu_count=1,
+            memory_mb=self.memory_mb,
+            envd_version=ENVD_VERSION,
+            lifecycle=Lifecycle(auto_resume=self.auto_resume, on_timeout="pause" if self.auto_pause else "kill"),
+            resident_bytes=resident_bytes,
+            snapshot_bytes=self.snapshot_bytes,
+        )
+
+
+def new_id() -> str:
+    """A sandbox id as E2B's edge accepts it: lower-case letters and digits, `i` first."""
+    return "i" + "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(20))
+
+
+def page(
+    rows: Iterable[SandboxInfo],
+    *,
+    states: frozenset[str],
+    metadata: Mapping[str, str],
+    limit: int,
+    token: str | None,
+) -> tuple[list[SandboxInfo], str | None]:
+    """One page of a listing, newest start first, and the token of the next; None on the last.
+
+    The token names the last row given, so that a page is right while sandboxes come and go.
+
+    Raises:
+        ConfigError: The token is not one of ours.
+    """
+    after = _parse_token(token) if token else None
+    matching = sorted(
+        (
+            row
+            for row in rows
+            if row.state in states and all(row.metadata.get(key) == value for key, value in metadata.items())
+        ),
+        key=_sort_key,
+    )
+    if after is not None:
+        matching = [row for row in matching if _sort_key(row) > after]
+    given = matching[:limit]
+    return given, _token(given[-1]) if len(matching) > limit else None
+
+
+def _sort_key(row: SandboxInfo) -> tuple[float, str]:
+    return (-row.started_at.timestamp(), row.sandbox_id)
+
+
+def _token(row: SandboxInfo) -> str:
+    return base64.urlsafe_b64encode(f"{row.started_at.isoformat()}__{row.sandbox_id}".encode()).decode()
+
+
+def _parse_token(token: str) -> tuple[float, str]:
+    try:
+        started_at, sandbox_id = base64.urlsafe_b64decode(token.encode()).decode().split("__")
+        return (-datetime.fromisoformat(started_at).astimezone(UTC).timestamp(), sandbox_id)
+    except (binascii.Error, ValueError):
+        msg = "Invalid next token"
+        raise ConfigError(msg, op="list") from None

@@ -1,0 +1,258 @@
+"""gVisor behind the runtime seam: one `runsc` call a verb."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+from pathlib import Path
+
+from sandbox_tools.engine.runtime import Container, ContainerState
+from sandbox_tools.errors import EngineError
+
+# The longest verb writes or reads an image: 4 s per GB is the slowest service's figure, 64 GB the largest machine's.
+_VERB_SECONDS = 300.0
+
+# An ordinary user's calls run in a user namespace of their own, where `runsc` is root over that user's files only.
+_AS_USER = ("unshare", "--user", "--map-root-user", "--mount", "--net", "--")
+
+
+class Runsc:
+    """The `Runtime` that gVisor's `runsc` is.
+
+    Args:
+        binary: The `runsc` to ask about containers in general; each container names its own.
+        state: Where `runsc` keeps its own records; one directory for all containers of an engine.
+        platform: gVisor's way of intercepting system calls; `systrap` needs nothing of the machine.
+    """
+
+    def __init__(self, binary: Path, state: Path, *, platform: str = "systrap") -> None:
+        self._binary = binary
+        self._state = state
+        self._platform = platform
+        self._deletions: set[asyncio.Task[None]] = set()
+
+    async def create(self, container: Container) -> None:
+        """Boot from the bundle; the guest's own log goes to `guest.log` beside it."""
+        with (container.directory / "guest.log").open("wb") as log:
+            await self._start(container, "run", stderr=log.fileno())
+
+    async def restore(self, container: Container, image: Path) -> None:
+        """Bring back from an image; whatever an ended guest logs is dropped, as it could fill the disk."""
+        await self._start(container, "restore", f"--image-path={image}", stderr=asyncio.subprocess.DEVNULL)
+
+    async def checkpoint(self, container: Container, image: Path) -> None:
+        """Write an image; without `--leave-running` a full disk would kill the container."""
+        await self._call(
+            container, "checkpoint", f"--image-path={image}", "--compression=none", "--leave-running", container.id
+        )
+
+    async def freeze(self, container: Container) -> None:
+        """Stop every task."""
+        await self._call(container, "pause", container.id)
+
+    async def thaw(self, container: Container) -> None:
+        """Let every task go on."""
+        if await self.state(container) == "frozen":
+            await self._call(container, "resume", container.id)
+
+    async def state(self, container: Container) -> ContainerState:
+        """What `runsc` says; a container it doesn't know, or whose processes ended, is gone."""
+        with contextlib.suppress(EngineError):
+            answer = json.loads(await self._call(container, "state", container.id))
+            if answer["status"] == "running":
+                return "running"
+            if answer["status"] == "paused":
+                return "frozen"
+
+        return "gone"
+
+    async def kill(self, container: Container) -> None:
+        """End the sandbox's process at once; `runsc` tidies its records afterwards, in its own time."""
+        pidfd = _sandbox_process(container)
+        if pidfd is not None:
+            try:
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                await _readable(pidfd)
+            finally:
+                os.close(pidfd)
+
+        # It waits for the host's init to reap the process: a second or two that nobody needs to see.
+        task = asyncio.create_task(self._delete(container))
+        self._deletions.add(task)
+        task.add_done_callback(self._deletions.discard)
+
+    async def wait(self, container: Container) -> None:
+        """Return when the sandbox's process has ended, by whatever cause."""
+        pidfd = _sandbox_process(container)
+        if pidfd is not None:
+            try:
+                await _readable(pidfd)
+            finally:
+                os.close(pidfd)
+
+    def resident_bytes(self, container: Container) -> int:
+        """RAM that the sandbox's process holds: what is its own, and its share of what it shares (PSS)."""
+        pid = _sandbox_pid(container)
+        if pid is not None:
+            with contextlib.suppress(OSError):
+                for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+                    if line.startswith("Pss:"):
+                        return int(line.split()[1]) * 1024
+        return 0
+
+    async def known(self) -> list[str]:
+        """The ids of all containers that `runsc` has records of, dead ones included."""
+        answer = await self._call(None, "list", "--format=json")
+        return [entry["id"] for entry in json.loads(answer) or []]
+
+    async def settle(self) -> None:
+        """Wait for verbs that an engine which died has left running: they would bring up what nobody asks for now."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_VERB_SECONDS):
+                while self._verbs_under_way():  # noqa: ASYNC110 - other processes' children have no event
+                    await asyncio.sleep(0.05)
+
+    def _verbs_under_way(self) -> bool:
+        for process in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                argv = process.read_text(errors="replace").split("\0")
+                # `boot` and `gofer` are the containers themselves.
+                if f"--root={self._state}" in argv and not {"boot", "gofer"} & set(argv):
+                    return True
+        return False
+
+    async def aclose(self) -> None:
+        """Wait until the records of killed containers are gone."""
+        await asyncio.gather(*self._deletions)
+
+    async def _start(self, container: Container, verb: str, *options: str, stderr: int) -> None:
+        container.filestore.mkdir(exist_ok=True)
+        # The container inherits these three; its stdin and stdout are the tunnel.
+        with container.pipes.handed() as (stdin, stdout):
+            await self._call(
+                container,
+                verb,
+                "--detach",
+                f"--bundle={container.bundle}",
+                f"--pid-file={_pid_file(container)}",
+                *options,
+                container.id,
+                stdin=stdin,
+                stdout=stdout,
+                stderr=stderr,
+            )
+
+    async def _delete(self, container: Container) -> None:
+        # A container that never came to be has nothing to delete.
+        with contextlib.suppress(EngineError):
+            await self._call(container, "delete", "-force", container.id)
+
+    async def _call(
+        self,
+        container: Container | None,
+        verb: str,
+        *arguments: str,
+        stdin: int = asyncio.subprocess.DEVNULL,
+        stdout: int = asyncio.subprocess.PIPE,
+        stderr: int = asyncio.subprocess.PIPE,
+    ) -> str:
+        argv = [*self._prefix(container), verb, *arguments]
+        process = await asyncio.create_subprocess_exec(
+            *argv,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            # A Ctrl-C for the engine's terminal is not for its sandboxes.
+            start_new_session=True,
+        )
+        try:
+            async with asyncio.timeout(_VERB_SECONDS):
+                out, err = await process.communicate()
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+            msg = f"`runsc {verb}` did not end within {_VERB_SECONDS:.0f} s and was stopped."
+            raise EngineError(msg, argv=argv, op=verb) from None
+
+        if process.returncode:
+            said = (err or b"").decode(errors="replace").strip() or self._logged(container)
+            msg = f"`runsc {verb}` failed with exit code {process.returncode}: {said[-600:] or 'it said nothing'}"
+            raise EngineError(msg, argv=argv, exit_code=process.returncode, stderr=said[-4000:], op=verb)
+
+        return (out or b"").decode()
+
+    def _prefix(self, container: Container | None) -> list[str]:
+        flags = [
+            str(self._binary if container is None else container.binary),
+            f"--root={self._state}",
+            "--network=none",
+            f"--platform={self._platform}",
+        ]
+        if container is not None:
+            flags += [
+                f"--overlay2=root:dir={container.filestore}",
+                f"--log={_log_file(container)}",
+                "--log-format=text",
+            ]
+        if os.geteuid() != 0:
+            return [*_AS_USER, *flags, "--ignore-cgroups"]
+        return flags
+
+    def _logged(self, container: Container | None) -> str:
+        """The end of what `runsc` logged, for the verbs whose standard error belongs to the container."""
+        if container is None or not _log_file(container).exists():
+            return ""
+        return "\n".join(_log_file(container).read_text(errors="replace").splitlines()[-3:])
+
+
+def _pid_file(container: Container) -> Path:
+    return container.directory / "pid"
+
+
+def _log_file(container: Container) -> Path:
+    return container.directory / "runsc.log"
+
+
+def _sandbox_pid(container: Container) -> int | None:
+    """The container's host process; None if it is gone.
+
+    The number in the pid file may have been given to another process since: only one that carries the container's id
+    on its command line is it.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        pid = int(_pid_file(container).read_text())
+        if container.id in Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0"):
+            return pid
+    return None
+
+
+def _sandbox_process(container: Container) -> int | None:
+    """A pidfd of the container's host process, which the caller closes; None if it is gone."""
+    pid = _sandbox_pid(container)
+    if pid is None:
+        return None
+
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
+
+    # Opened first and checked again: the number cannot change hands under an open pidfd.
+    if _sandbox_pid(container) != pid:
+        os.close(pidfd)
+        return None
+    return pidfd
+
+
+async def _readable(fd: int) -> None:
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(fd, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(fd)

@@ -1,0 +1,189 @@
+"""The engine as a process: one per state directory, on a Unix socket or a TCP port, ready when it says so."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import secrets
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import uvicorn
+
+from sandbox_tools.engine.api import Engine, application
+from sandbox_tools.engine.runsc import Runsc
+from sandbox_tools.engine.supervisor import Supervisor
+from sandbox_tools.engine.templates import DEFAULT_MEMORY_MB, prepare
+from sandbox_tools.errors import ConfigError, SandboxError
+from sandbox_tools.paths import socket_path, templates_directory
+
+log = logging.getLogger(__name__)
+
+ALREADY_RUNNING = 3
+"""The exit code of a second engine on one state directory."""
+
+
+def run(
+    state_dir: Path,
+    *,
+    uds: Path | None = None,
+    host: str | None = None,
+    port: int = 0,
+    api_key: str | None = None,
+    memory_mb: int = DEFAULT_MEMORY_MB,
+    idle_exit: float | None = None,
+) -> int:
+    """Serve until told to stop, and return the process's exit code.
+
+    Args:
+        state_dir: The state directory; one engine at a time holds it.
+        uds: The Unix socket. None: the state directory's own, unless `host` is given.
+        host: Listen on TCP here instead. An API key is then required, and made and printed if none is given.
+        port: The TCP port; 0 picks a free one and prints it.
+        api_key: What clients must send. None on a Unix socket: the socket's permissions decide.
+        memory_mb: Memory of each sandbox.
+        idle_exit: Seconds without a running sandbox or a request after which the engine exits; paused sandboxes need
+            none. None: never.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    try:
+        with _sole_engine(state_dir):
+            listener = _listen(state_dir, uds, host, port)
+            if host is not None:
+                if api_key is None:
+                    api_key = f"e2b_{secrets.token_hex(20)}"
+                    _say(f"API key: {api_key}")
+                _say(f"Listening on http://{host}:{listener.getsockname()[1]}")
+            asyncio.run(_serve(state_dir, listener, api_key, memory_mb, idle_exit))
+    except AlreadyRunningError as error:
+        _say(error.message)
+        return ALREADY_RUNNING
+    except SandboxError as error:
+        _say(error.message)
+        return 1
+
+    return 0
+
+
+class AlreadyRunningError(ConfigError):
+    """Raised when another engine holds the state directory."""
+
+
+async def _serve(
+    state: Path, listener: socket.socket, api_key: str | None, memory_mb: int, idle_exit: float | None
+) -> None:
+    engine = Engine()
+    last_request = asyncio.get_running_loop().time()
+
+    def on_request() -> None:
+        nonlocal last_request
+        last_request = asyncio.get_running_loop().time()
+
+    config = uvicorn.Config(
+        application(engine, api_key=api_key, on_request=on_request),
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        # In-flight streams of sandboxes that are about to be paused end with them, not before.
+        timeout_graceful_shutdown=5,
+    )
+    server = uvicorn.Server(config)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    preparing = asyncio.create_task(_prepare(state, engine, memory_mb))
+    try:
+        await asyncio.wait((serving, preparing), return_when=asyncio.FIRST_COMPLETED)
+        if preparing.done():
+            supervisor = preparing.result()
+            while not serving.done():
+                await asyncio.wait((serving,), timeout=idle_exit)
+                quiet = asyncio.get_running_loop().time() - last_request
+                if idle_exit is not None and not supervisor.running and quiet >= idle_exit:
+                    log.info("Nothing has run for %.0f s: the engine exits", quiet)
+                    server.should_exit = True
+                    await serving
+            await supervisor.stop()
+    finally:
+        server.should_exit = True
+        preparing.cancel()
+        await asyncio.wait((serving, preparing))
+
+
+async def _prepare(state: Path, engine: Engine, memory_mb: int) -> Supervisor:
+    def on_step(step: str, share: float) -> None:
+        if step != engine.preparing:
+            log.info("Preparing: %s", step)
+        engine.preparing = step
+
+    templates = templates_directory(state)
+    template = await prepare(state, templates, on_step, memory_mb=memory_mb)
+    engine.preparing = "taking over what an earlier engine left"
+    supervisor = Supervisor(state, templates, template, Runsc(template.runsc, state / "runsc"))
+    await supervisor.start()
+    engine.supervisor = supervisor
+    log.info("Ready")
+    return supervisor
+
+
+@contextlib.contextmanager
+def _sole_engine(state: Path) -> Iterator[None]:
+    try:
+        state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = os.open(state / "engine.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        msg = f"The state directory {str(state)!r} can't be used: {error.strerror}. Set `SANDBOX_TOOLS_STATE_DIR`."
+        raise ConfigError(msg, op="serve") from error
+
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            msg = f"Another engine runs on {str(state)!r}. Use it, or give this one another `--state-dir`."
+            raise AlreadyRunningError(msg, op="serve") from None
+        yield
+    finally:
+        os.close(lock)
+
+
+def _listen(state: Path, uds: Path | None, host: str | None, port: int) -> socket.socket:
+    """The listening socket; a Unix socket is its owner's only."""
+    where = f"{host}:{port}" if host is not None else str(uds or socket_path(state))
+    try:
+        if host is not None:
+            return socket.create_server((host, port), backlog=128)
+
+        # The lock says that no engine of this directory lives: a socket file that is left over is nobody's.
+        listener = socket.socket(socket.AF_UNIX)
+        if uds is not None and uds != socket_path(state) and _answers(uds):
+            msg = f"The socket {where!r} is taken by another process. Choose another `--uds`."
+            raise ConfigError(msg, op="serve")
+        Path(where).unlink(missing_ok=True)
+        before = os.umask(0o177)
+        try:
+            listener.bind(where)
+        finally:
+            os.umask(before)
+        listener.listen(128)
+    except OSError as error:
+        msg = f"Can't listen on {where!r}: {error.strerror}. Choose another socket or port."
+        raise ConfigError(msg, op="serve") from error
+
+    return listener
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+    return True
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()

@@ -1,0 +1,110 @@
+"""Images on disk: a snapshot is whole and synced, or it is not there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from sandbox_tools.errors import EngineError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_PARTIAL = ".partial-"
+
+
+class Manifest(BaseModel):
+    """What a snapshot is made of and what it needs; written last, so that its presence means whole."""
+
+    model_config = ConfigDict(frozen=True)
+
+    format: int = FORMAT
+    runsc: str
+    """The pinned `runsc` that wrote the image and is the only one to restore it."""
+    cpu: str
+    """A digest of the CPU's feature flags: an image runs only where they are all there."""
+    files: dict[str, int]
+    """Size in bytes of each file of the image."""
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return sum(self.files.values())
+
+
+def begin(final: Path) -> Path:
+    """An empty directory beside `final` to write an image into; a crash leaves it for `sweep`."""
+    partial = final.with_name(_PARTIAL + final.name)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def commit(partial: Path, final: Path, *, runsc: str, cpu: str) -> Manifest:
+    """Make a written image a snapshot, durably: files synced, then named.
+
+    Raises:
+        OSError: The disk is full or failing; `final` does not exist then.
+    """
+    files = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
+    manifest = Manifest(runsc=runsc, cpu=cpu, files=files)
+    (partial / MANIFEST).write_text(manifest.model_dump_json(), encoding="utf-8")
+    for path in partial.iterdir():
+        sync(path)
+    sync(partial)
+    partial.rename(final)
+    sync(final.parent)
+    return manifest
+
+
+def verify(path: Path, *, cpu: str) -> Manifest:
+    """The manifest of a snapshot whose files are all there at their full size, and which this machine can run.
+
+    Raises:
+        EngineError: It is missing, torn, of another format or for another CPU; the message says which.
+    """
+    try:
+        manifest = Manifest.model_validate_json((path / MANIFEST).read_bytes())
+        sizes = {name: (path / name).stat().st_size for name in manifest.files}
+    except (OSError, ValidationError) as error:
+        msg = f"The snapshot {path.name!r} is missing or torn ({type(error).__name__}). It cannot be resumed."
+        raise EngineError(msg, op="restore") from error
+
+    if manifest.format != FORMAT:
+        msg = f"The snapshot {path.name!r} has format {manifest.format}, not {FORMAT}. Use the engine that wrote it."
+        raise EngineError(msg, op="restore")
+    if sizes != manifest.files:
+        msg = f"The snapshot {path.name!r} is torn: file sizes differ from its manifest. It cannot be resumed."
+        raise EngineError(msg, op="restore")
+    if manifest.cpu != cpu:
+        msg = f"The snapshot {path.name!r} needs a CPU with other features. Resume it on the machine that wrote it."
+        raise EngineError(msg, op="restore")
+    return manifest
+
+
+def sweep(directory: Path) -> None:
+    """Remove what crashes left half-written in `directory`."""
+    for path in directory.glob(f"{_PARTIAL}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Have a file, or a directory's list of names, on the disk and not only in its cache."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Replace a small file so that a crash leaves the old text or the new, never a mixture."""
+    partial = path.with_name(_PARTIAL + path.name)
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    sync(path.parent)

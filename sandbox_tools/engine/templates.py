@@ -1,0 +1,205 @@
+"""Warmed templates: an immutable root, the guest's code, and an image of both booted, which every create restores."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import sandbox_tools.guest
+from sandbox_tools.engine import snapshots
+from sandbox_tools.engine.bundle import bundle_config, write_bundle
+from sandbox_tools.engine.install import find_runsc
+from sandbox_tools.engine.roots import build_root
+from sandbox_tools.engine.runsc import Runsc
+from sandbox_tools.engine.runtime import Container
+from sandbox_tools.engine.tunnel import Tunnel
+from sandbox_tools.errors import EngineError
+
+DEFAULT_MEMORY_MB = 2048
+
+# Raised whenever what an image holds changes in a way that its ingredients do not show.
+_RECIPE = "1"
+
+OnStep = Callable[[str, float], None]
+"""Told what is being done, and how much of the whole is done, from 0 to 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """One version of a template; everything it names is immutable."""
+
+    id: str
+    root: Path
+    guest: Path
+    image: Path
+    runsc: Path
+    memory_mb: int
+
+    def config(self, container: Container) -> dict[str, object]:
+        """The OCI configuration of a sandbox made from this template."""
+        # Only root may make control groups; an ordinary user's sandboxes are bounded from inside.
+        cgroup = f"/sandbox-tools/{container.id}" if os.geteuid() == 0 else None
+        return bundle_config(root=self.root, guest=self.guest, memory_mb=self.memory_mb, cgroup=cgroup)
+
+
+def load(templates: Path, template_id: str) -> Template:
+    """A template version that was prepared earlier.
+
+    Raises:
+        EngineError: It is gone; sandboxes paused from it cannot be resumed.
+    """
+    directory = templates / "images" / template_id
+    try:
+        facts = json.loads((directory / "template.json").read_text())
+    except (OSError, ValueError) as error:
+        msg = f"The template version {template_id!r} is not on disk any more. Restore the templates directory."
+        raise EngineError(msg, op="restore") from error
+
+    return Template(
+        id=template_id,
+        root=templates / "roots" / facts["root"],
+        guest=templates / "guests" / facts["guest"],
+        image=directory / "image",
+        runsc=templates / "runsc" / facts["runsc"],
+        memory_mb=facts["memory_mb"],
+    )
+
+
+async def prepare(
+    state: Path, templates: Path, on_step: OnStep = lambda _step, _share: None, *, memory_mb: int = DEFAULT_MEMORY_MB
+) -> Template:
+    """The default template, made where it is missing: minutes the first time, milliseconds afterwards.
+
+    Raises:
+        ConfigError: `runsc` or what makes the root is missing; the message says what to install.
+        EngineError: A step failed.
+    """
+    for name in ("images", "guests", "runsc"):
+        (templates / name).mkdir(parents=True, exist_ok=True)
+    found = await asyncio.to_thread(find_runsc, state)
+    root = await asyncio.to_thread(build_root, templates, on_step)
+    runsc = await asyncio.to_thread(_pin, found.path, templates / "runsc")
+    guest = await asyncio.to_thread(_install_guest, templates / "guests")
+
+    facts = {"root": root.name, "guest": guest.name, "runsc": runsc.name, "memory_mb": memory_mb}
+    ingredients = [_RECIPE, json.dumps(facts), cpu(), "root" if os.geteuid() == 0 else "user", str(templates)]
+    template_id = hashlib.sha256("\0".join(ingredients).encode()).hexdigest()[:16]
+    directory = templates / "images" / template_id
+    if not directory.exists():
+        with await asyncio.to_thread(_locked, templates / "images.lock"):
+            if not directory.exists():
+                on_step("warming the template", 0.9)
+                await _warm(templates, directory, facts)
+    template = load(templates, template_id)
+    snapshots.verify(template.image, cpu=cpu())
+    on_step("ready", 1.0)
+    return template
+
+
+def cpu() -> str:
+    """A digest of this CPU's features: gVisor restores an image only where all of them are."""
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
+        flags = next((line for line in file if line.startswith(("flags", "Features"))), "")
+    return hashlib.sha256(" ".join(sorted(flags.split())).encode()).hexdigest()[:16]
+
+
+async def _warm(templates: Path, directory: Path, facts: dict[str, object]) -> None:
+    """Boot the root once, wait until the guest's kernel has imported what people use, and keep the image."""
+    partial = snapshots.begin(directory)
+    work = Path(tempfile.mkdtemp(prefix="warm-", dir=templates))
+    container = Container(id=work.name, directory=work, binary=templates / "runsc" / str(facts["runsc"]))
+    (partial / "template.json").write_text(json.dumps(facts), encoding="utf-8")
+    template = Template(
+        id=directory.name,
+        root=templates / "roots" / str(facts["root"]),
+        guest=templates / "guests" / str(facts["guest"]),
+        image=partial / "image",
+        runsc=container.binary,
+        memory_mb=int(str(facts["memory_mb"])),
+    )
+    runtime = Runsc(template.runsc, work / "runsc")
+    tunnel = Tunnel(container.pipes)
+    try:
+        write_bundle(container.bundle, template.config(container))
+        container.pipes.make()
+        tunnel.open_pipes()
+        await runtime.create(container)
+        try:
+            await tunnel.attach()
+        except EngineError as error:
+            log = (work / "guest.log").read_text(errors="replace")[-2000:]
+            msg = f"The template's guest did not come up. Its last words: {log or 'none'}"
+            raise EngineError(msg, op="create") from error
+
+        tunnel.detach("the template is warm")
+        image = snapshots.begin(template.image)
+        await runtime.checkpoint(container, image)
+        await asyncio.to_thread(snapshots.commit, image, template.image, runsc=template.runsc.name, cpu=cpu())
+        snapshots.sync(partial / "template.json")
+        snapshots.sync(partial)
+        partial.rename(directory)
+        snapshots.sync(directory.parent)
+    finally:
+        tunnel.detach("the template is warm")
+        await runtime.kill(container)
+        await runtime.aclose()
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _pin(binary: Path, directory: Path) -> Path:
+    """A copy of `runsc` under its own digest: an upgrade of the system's must not strand what is paused."""
+    pinned = directory / hashlib.sha256(binary.read_bytes()).hexdigest()[:16]
+    if not pinned.exists():
+        partial = directory / f".partial-{os.getpid()}-{pinned.name}"
+        shutil.copy2(binary, partial)
+        partial.chmod(0o755)
+        snapshots.sync(partial)
+        partial.rename(pinned)
+    return pinned
+
+
+def _install_guest(directory: Path) -> Path:
+    """A copy of the guest's code under its own digest, laid out so that `sandbox_tools.guest` can be imported."""
+    source = Path(sandbox_tools.guest.__file__).parent
+    files = sorted(source.glob("*.py"))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode() + file.read_bytes())
+    installed = directory / digest.hexdigest()[:16]
+    if not installed.exists():
+        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=directory))
+        partial.chmod(0o755)
+        package = partial / "sandbox_tools" / "guest"
+        package.mkdir(parents=True)
+        for file in files:
+            shutil.copyfile(file, package / file.name)
+            snapshots.sync(package / file.name)
+        try:
+            partial.rename(installed)
+        except OSError:  # another process was first with the same content
+            shutil.rmtree(partial)
+    return installed
+
+
+@contextmanager
+def _held(fd: int) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        os.close(fd)
+
+
+def _locked(path: Path) -> AbstractContextManager[None]:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    return _held(fd)

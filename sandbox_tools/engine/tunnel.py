@@ -1,0 +1,233 @@
+"""The engine's end of the tunnel: a pair of named pipes per sandbox, and httpcore connections through them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import secrets
+from typing import TYPE_CHECKING, Any
+
+import httpcore
+
+from sandbox_tools.errors import EngineError
+from sandbox_tools.guest.mux import HELLO, NONCE_BYTES, RESYNC, Mux, Stream, StreamResetError, frame
+
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import Iterable
+    from pathlib import Path
+
+# Bytes a pipe holds: larger saves wake-ups, and an ordinary user may own 64 MiB of pipes in all (pipe(7)).
+_PIPE_SIZE = 1 << 18
+
+# A live guest answers within milliseconds; on a loaded machine a restore may still be paging in.
+_ATTACH_SECONDS = 30.0
+
+
+class PortClosedError(ConnectionError):
+    """Raised when nothing inside the sandbox listens on the port."""
+
+
+class Pipes:
+    """The two named pipes of one sandbox, in its own directory.
+
+    Each end opens them for reading and writing, so that neither sees an end of file when the other dies: a new engine
+    finds what its predecessor left.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.stdin = directory / "stdin"
+        self.stdout = directory / "stdout"
+
+    def make(self) -> None:
+        """Fresh pipes in place of any old ones: bytes meant for an earlier run must not reach the next."""
+        for path in (self.stdin, self.stdout):
+            path.unlink(missing_ok=True)
+            os.mkfifo(path, 0o600)
+
+    @contextlib.contextmanager
+    def handed(self) -> Any:
+        """File descriptors for a container's stdin and stdout; the container keeps its own copies."""
+        stdin = os.open(self.stdin, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            stdout = os.open(self.stdout, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                yield stdin, stdout
+            finally:
+                os.close(stdout)
+        finally:
+            os.close(stdin)
+
+
+class Tunnel:
+    """Streams to the ports of one running sandbox."""
+
+    def __init__(self, pipes: Pipes) -> None:
+        self._pipes = pipes
+        self._fds: list[int] = []
+        self._mux: Mux | None = None
+
+    def open_pipes(self) -> None:
+        """Hold the pipes open; before the container starts, so that it never finds them without a peer."""
+        for path in (self._pipes.stdin, self._pipes.stdout):
+            fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+            self._fds.append(fd)
+            with contextlib.suppress(OSError):  # refused past the user's share; the default size works, slower
+                fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
+
+    async def attach(self) -> None:
+        """Agree with the guest on a fresh epoch; streams can be opened afterwards.
+
+        Raises:
+            EngineError: The guest did not answer.
+        """
+        if not self._fds:
+            self.open_pipes()
+
+        nonce = secrets.token_bytes(NONCE_BYTES)
+        await self._write_all(RESYNC + frame(HELLO, payload=nonce))
+        rest = await self._read_past(frame(HELLO, payload=nonce))
+        self._mux = Mux(self._fds[1], self._fds[0])
+        self._mux.feed(rest)
+        self._mux.start()
+
+    def detach(self, reason: str) -> None:
+        """Drop every stream and let go of the pipes; the guest is left as it is. Safe to call twice."""
+        if self._mux is not None:
+            self._mux.stop(reason)
+            self._mux = None
+        while self._fds:
+            os.close(self._fds.pop())
+
+    async def open(self, port: int) -> Stream:
+        """A stream to a port inside.
+
+        Raises:
+            PortClosedError: Nothing listens there.
+            StreamResetError: The sandbox is going away.
+        """
+        if self._mux is None:
+            msg = "the tunnel is not attached"
+            raise StreamResetError(msg)
+
+        stream = self._mux.open(port)
+        try:
+            await stream.opened
+        except StreamResetError as error:
+            if str(error).startswith("refused"):
+                raise PortClosedError(str(error)) from None
+            raise
+        except asyncio.CancelledError:
+            stream.close("cancelled")
+            raise
+
+        return stream
+
+    async def _write_all(self, data: bytes) -> None:
+        async with self._deadline("take the greeting"):
+            while data:
+                try:
+                    data = data[os.write(self._fds[0], data) :]
+                except BlockingIOError:
+                    await self._ready(self._fds[0], writing=True)
+
+    async def _read_past(self, mark: bytes) -> bytes:
+        """Drop everything up to and including `mark`, which may come in pieces; return what follows it."""
+        seen = b""
+        async with self._deadline("answer the greeting"):
+            while (at := seen.find(mark)) < 0:
+                seen = seen[-len(mark) :]
+                try:
+                    seen += os.read(self._fds[1], _PIPE_SIZE)
+                except BlockingIOError:
+                    await self._ready(self._fds[1], writing=False)
+        return seen[at + len(mark) :]
+
+    @contextlib.asynccontextmanager
+    async def _deadline(self, what: str) -> Any:
+        try:
+            async with asyncio.timeout(_ATTACH_SECONDS):
+                yield
+        except TimeoutError:
+            msg = (
+                f"The guest did not {what} within {_ATTACH_SECONDS:.0f} s. "
+                "Its log is in the engine's state directory; kill the sandbox if it stays silent."
+            )
+            raise EngineError(msg, op="attach") from None
+
+    async def _ready(self, fd: int, *, writing: bool) -> None:
+        loop = asyncio.get_running_loop()
+        event = asyncio.Event()
+        add, remove = (loop.add_writer, loop.remove_writer) if writing else (loop.add_reader, loop.remove_reader)
+        add(fd, event.set)
+        try:
+            await event.wait()
+        finally:
+            remove(fd)
+
+
+class TunnelBackend(httpcore.AsyncNetworkBackend):
+    """Lets httpcore connect to the ports of a sandbox: the host name is ignored, the port is the guest's."""
+
+    def __init__(self, tunnel: Tunnel) -> None:
+        self._tunnel = tunnel
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        """A connection to `port` inside.
+
+        Raises:
+            httpcore.ConnectError: Nothing listens there, or the sandbox is going away.
+        """
+        try:
+            async with asyncio.timeout(timeout):
+                return _TunnelStream(await self._tunnel.open(port))
+        except PortClosedError as error:
+            raise httpcore.ConnectError(str(error)) from error
+        except StreamResetError as error:
+            raise httpcore.ReadError(str(error)) from error
+        except TimeoutError as error:
+            raise httpcore.ConnectTimeout from error
+
+
+class _TunnelStream(httpcore.AsyncNetworkStream):
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        try:
+            async with asyncio.timeout(timeout):
+                return await self._stream.read(max_bytes)
+        except StreamResetError as error:
+            raise httpcore.ReadError(str(error)) from error
+        except TimeoutError as error:
+            raise httpcore.ReadTimeout from error
+
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        try:
+            async with asyncio.timeout(timeout):
+                await self._stream.write(buffer)
+        except StreamResetError as error:
+            raise httpcore.WriteError(str(error)) from error
+        except TimeoutError as error:
+            raise httpcore.WriteTimeout from error
+
+    async def aclose(self) -> None:
+        self._stream.close()
+
+    async def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> httpcore.AsyncNetworkStream:
+        msg = "connections through the tunnel are plain"
+        raise httpcore.UnsupportedProtocol(msg)
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._stream.readable if info == "is_readable" else None
