@@ -268,9 +268,11 @@ class Session:
 
     async def write_turns(self) -> None:
         """Let other processes know of the turns noted here."""
-        turns = self._sessions._turns.get((self.owner, self.thread), {})
-        for use in [use for use, written in turns.items() if not written]:
-            turns[use] = True
+        with self._sessions._noting:
+            turns = self._sessions._turns.get((self.owner, self.thread), {})
+            unwritten = [use for use, written in turns.items() if not written]
+            turns.update(dict.fromkeys(unwritten, True))
+        for use in unwritten:
             until = self._sessions._clock.time() + HOLD
             await self._bindings.begin_turn(
                 self.owner, self.thread, use=use, holder=self._sessions._holder, until=until

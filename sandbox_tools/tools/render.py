@@ -76,7 +76,9 @@ def render(execution: Execution, *, before: str = "") -> Rendered:
     Args:
         before: A sentence to say first, such as `STATE_LOST`.
     """
-    sections, images, described = [before], [], []
+    sections = [before]
+    images: list[dict[str, Any]] = []
+    described: list[dict[str, Any]] = []
     if execution.stdout or execution.stdout_omitted:
         sections.append(_omission(execution.stdout, execution.stdout_omitted, "standard output"))
     if execution.stderr or execution.stderr_omitted:
