@@ -11,7 +11,7 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatResult
 from langchain_core.runnables import Runnable
-from pydantic import Field, PrivateAttr
+from pydantic import Field, PrivateAttr, field_validator
 
 
 class ManualClock:
@@ -58,10 +58,15 @@ class ScriptedModel(BaseChatModel):
         script: What to answer, in order; a string is a final answer.
     """
 
-    script: Sequence[AIMessage | str]
+    script: list[AIMessage]
     asked: list[list[BaseMessage]] = Field(default_factory=list)
     """The messages of each call."""
     _next: int = PrivateAttr(default=0)
+
+    @field_validator("script", mode="before")
+    @classmethod
+    def _speak(cls, script: Sequence[AIMessage | str]) -> list[AIMessage]:
+        return [AIMessage(line) if isinstance(line, str) else line for line in script]
 
     @property
     def _llm_type(self) -> str:
@@ -81,8 +86,7 @@ class ScriptedModel(BaseChatModel):
         if self._next >= len(self.script):
             msg = f"The script has {len(self.script)} messages and is asked for one more. Add it."
             raise IndexError(msg)
-        line = self.script[self._next]
+        message = self.script[self._next]
         self._next += 1
         self.asked.append(list(messages))
-        message = AIMessage(line) if isinstance(line, str) else line
         return ChatResult(generations=[ChatGeneration(message=message)])

@@ -92,10 +92,10 @@ class Sessions:
             client, bindings, policy or PauseAfter(30), self._clock, holder=self._holder, template=template
         )
         self._leases: dict[str, str] = {}
-        self._turns: dict[tuple[str, str], set[str]] = {}
+        self._turns: dict[tuple[str, str], dict[str, bool]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._claiming = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._noting = threading.Lock()
+        self.loop: asyncio.AbstractEventLoop | None = None
         self._sweeper: Sweeper | None = None
         self._sweeping: asyncio.Task[None] | None = None
         self._closed = self._finished = False
@@ -148,10 +148,10 @@ class Sessions:
 
     def claim(self, loop: asyncio.AbstractEventLoop) -> asyncio.AbstractEventLoop:
         """The loop this registry belongs to: `loop`, if nobody claimed it before. Safe from any thread."""
-        with self._claiming:
-            if self._loop is None:
-                self._loop = loop
-            return self._loop
+        with self._noting:
+            if self.loop is None:
+                self.loop = loop
+            return self.loop
 
     def _on_own_loop(self) -> Sweeper:
         loop = asyncio.get_running_loop()
@@ -215,8 +215,7 @@ class Session:
             yield await asyncio.shield(opening)
         except SandboxError as error:
             if not isinstance(error, ExecutionTimeoutError):
-                # Whatever was known of the sandbox, the next lease asks the server.
-                self._transitions.awake.pop(self._sessions._leases.get(use, ""), None)
+                self._transitions.distrust(self._sessions._leases.get(use))
             raise
         finally:
             ending = self._sessions.spawn(self._end_lease(use, opening))
@@ -240,24 +239,50 @@ class Session:
     async def turn_started(self, run: str = "turn") -> None:
         """Note that the turn `run` is open; again for the same run changes nothing."""
         self._sessions._on_own_loop()
-        use = self._turn_use(run)
-        self._sessions._turns.setdefault((self.owner, self.thread), set()).add(use)
-        await self._finish(
-            self._bindings.begin_turn(
-                self.owner,
-                self.thread,
-                use=use,
-                holder=self._sessions._holder,
-                until=self._sessions._clock.time() + HOLD,
-            )
-        )
+        self.note_turn(run)
+        await self._finish(self.write_turns())
 
     async def turn_ended(self, run: str = "turn") -> None:
         """Note that it has ended, and do what the policy says at once; later what it says for later.
 
         A pause that fails is logged and tried again, not raised: the turn has its outcome.
         """
-        await self._finish(self._end_turn(run))
+        if self.drop_turn(run):
+            await self._finish(self.end_turn(run))
+
+    def note_turn(self, run: str) -> None:
+        """The part of `turn_started` that needs no event loop; the next lease does the rest, if nobody does before."""
+        with self._sessions._noting:
+            turns = self._sessions._turns.setdefault((self.owner, self.thread), {})
+            turns.setdefault(self._turn_use(run), False)
+
+    def drop_turn(self, run: str) -> bool:
+        """The part of `turn_ended` that needs no event loop. False: there is no such turn."""
+        key = (self.owner, self.thread)
+        with self._sessions._noting:
+            turns = self._sessions._turns.get(key, {})
+            known = turns.pop(self._turn_use(run), None) is not None
+            if not turns:
+                self._sessions._turns.pop(key, None)
+        return known
+
+    async def write_turns(self) -> None:
+        """Let other processes know of the turns noted here."""
+        with self._sessions._noting:
+            turns = self._sessions._turns.get((self.owner, self.thread), {})
+            unwritten = [use for use, written in turns.items() if not written]
+            turns.update(dict.fromkeys(unwritten, True))
+        for use in unwritten:
+            until = self._sessions._clock.time() + HOLD
+            await self._bindings.begin_turn(
+                self.owner, self.thread, use=use, holder=self._sessions._holder, until=until
+            )
+
+    async def end_turn(self, run: str) -> None:
+        """The rest of `turn_ended`, on the loop of the registry."""
+        handle = await self._bindings.end_use(self._turn_use(run), self._sessions._clock.time())
+        if handle is not None and self._sessions._sweeper is not None:
+            await self._sessions._sweeper.settle(handle)
 
     async def pause(self, handle: str | None = None) -> str | None:
         """Pause a sandbox of the owner, in the middle of a turn if need be.
@@ -335,6 +360,7 @@ class Session:
         return f"{self._sessions._holder}/{self.owner}/{self.thread}/{run}"
 
     async def _open(self, use: str) -> Sandbox:
+        await self.write_turns()
         handle, sandbox = await self._transitions.open(self.owner, self.thread, use=use)
         self._sessions._leases[use] = handle
         return sandbox
@@ -346,18 +372,6 @@ class Session:
             return
         handle = await self._bindings.end_use(use, self._sessions._clock.time())
         self._idle(handle)
-
-    async def _end_turn(self, run: str) -> None:
-        key, use = (self.owner, self.thread), self._turn_use(run)
-        runs = self._sessions._turns.get(key, set())
-        if use not in runs:
-            return
-        runs.discard(use)
-        if not runs:
-            self._sessions._turns.pop(key, None)
-        handle = await self._bindings.end_use(use, self._sessions._clock.time())
-        if handle is not None and self._sessions._sweeper is not None:
-            await self._sessions._sweeper.settle(handle)
 
     async def _pause(self, handle: str | None) -> str | None:
         if handle is not None:

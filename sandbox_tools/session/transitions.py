@@ -82,11 +82,17 @@ class Transitions:
         self.holder = holder
         self.template = template
         self.awake: dict[str, Awake] = {}
+        self._checked: set[str] = set()
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     def lock(self, handle: str) -> asyncio.Lock:
         """The handle's own lock; it lives as long as somebody holds or awaits it."""
         return self._locks.setdefault(handle, asyncio.Lock())
+
+    def distrust(self, handle: str | None) -> None:
+        """Have the next lease ask the server, whatever was known of the sandbox."""
+        if awake := self.awake.get(handle or ""):
+            awake.seen_at = 0
 
     async def open(self, owner: str, thread: str, *, use: str, handle: str | None = None) -> tuple[str, Sandbox]:
         """Begin the lease `use` on the thread's sandbox, made or woken as needed; the caller ends it, even on an error.
@@ -205,9 +211,10 @@ class Transitions:
             return awake.sandbox
         assert held.sandbox_id is not None
         try:
-            if awake is None:
+            if held.sandbox_id not in self._checked:
                 # Before connecting, because that wakes a sandbox and re-arms its timer, whosever it is.
                 await self._check_owner(held)
+                self._checked.add(held.sandbox_id)
             sandbox = await self.client.connect(held.sandbox_id, timeout=AWAKE)
         except GONE:
             async with self._transition(held.handle, unless="nothing") as gone:
@@ -280,6 +287,7 @@ class Transitions:
 
     async def _forget(self, held: Binding, *, lost: bool) -> None:
         self.awake.pop(held.handle, None)
+        self._checked.discard(held.sandbox_id or "")
         if await self.bindings.forget(held, lost=lost) and lost:
             log.warning("the sandbox %s is gone, and its state with it", held.handle)
 

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from sandbox_tools.errors import SandboxError
+from sandbox_tools.errors import ExecutionTimeoutError, SandboxError
 from sandbox_tools.models import ExecutionEvent, Stderr, Stdout
 from sandbox_tools.session.sessions import Session
-from sandbox_tools.tools.render import STATE_LOST, Rendered, capped, render, render_error, render_paused
+from sandbox_tools.tools.render import STATE_LOST, Rendered, capped, render, render_error, render_paused, render_timeout
 
 Emit = Callable[[dict[str, Any]], Awaitable[None]]
 """Takes one piece of live output: `stream` and `text`."""
 
 BACKLOG = 256
 """Pieces of live output that may wait for a slow listener; more are dropped, the result has them all the same."""
+
+SLOW = 5.0
+"""Seconds a result waits for the listener to take what is left."""
+
+log = logging.getLogger("sandbox_tools.tools")
 
 
 class Arguments(BaseModel):
@@ -66,24 +72,29 @@ class Tool:
             SandboxError: Only the operator can help.
         """
         try:
-            return await self.call(session, arguments, emit)
+            rendered = await self.call(session, arguments, emit)
         except SandboxError as error:
-            return render_error(error)
+            rendered = render_error(error)
+        if await session.take_lost():
+            return Rendered(blocks=[*Rendered.of(STATE_LOST).blocks, *rendered.blocks], artifact=rendered.artifact)
+        return rendered
 
 
 async def _run_code(session: Session, arguments: RunCode, emit: Emit) -> Rendered:
     async with session.lease() as sandbox, _live(emit) as on_event:
-        before = STATE_LOST if await session.take_lost() else ""
-        execution = await sandbox.run_code(arguments.code, timeout=arguments.timeout, on_event=on_event)
-    return render(execution, before=before)
+        try:
+            execution = await sandbox.run_code(arguments.code, timeout=arguments.timeout, on_event=on_event)
+        except ExecutionTimeoutError as error:
+            return render_timeout(error, arguments.timeout)
+    return render(execution)
 
 
 async def _pause(session: Session, arguments: OwnOrHandle, emit: Emit) -> Rendered:
     handle = await session.pause(arguments.handle)
     if handle is None:
         return Rendered.of("There is no sandbox to pause: the first `run_code` creates it.")
-    text = f"Paused {handle}. Its variables, processes and files are kept; the next `run_code` or `resume_sandbox` wakes it."
-    return Rendered.of(text, handle=handle)
+    kept = "Its variables, processes and files are kept; the next `run_code` or `resume_sandbox` wakes it."
+    return Rendered.of(f"Paused {handle}. {kept}", handle=handle)
 
 
 async def _resume(session: Session, arguments: OwnOrHandle, emit: Emit) -> Rendered:
@@ -98,7 +109,7 @@ async def _list(session: Session, arguments: Nothing, emit: Emit) -> Rendered:
 
 
 @contextlib.asynccontextmanager
-async def _live(emit: Emit) -> Any:
+async def _live(emit: Emit) -> AsyncIterator[Callable[[ExecutionEvent], None]]:
     """Hands output on while the code runs; the code never waits for whoever listens."""
     waiting: asyncio.Queue[dict[str, Any]] = asyncio.Queue(BACKLOG)
 
@@ -108,16 +119,20 @@ async def _live(emit: Emit) -> Any:
 
     async def hand_on() -> None:
         while True:
-            await emit(await waiting.get())
-            waiting.task_done()
+            piece = await waiting.get()
+            try:
+                await emit(piece)
+            except Exception:
+                log.warning("a listener of live output failed", exc_info=True)
+            finally:
+                waiting.task_done()
 
     handing = asyncio.create_task(hand_on())
     try:
         yield on_event
-        joined = asyncio.create_task(waiting.join())
-        # A listener that fails ends the handing on, and nothing else.
-        await asyncio.wait([handing, joined], return_when=asyncio.FIRST_COMPLETED, timeout=5)
-        joined.cancel()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SLOW):
+                await waiting.join()
     finally:
         handing.cancel()
         await asyncio.wait([handing])

@@ -20,7 +20,7 @@ Answer = tuple[list[dict[str, Any]], dict[str, Any]]
 
 
 class SandboxToolkit(BaseToolkit):
-    """The four tools over one registry; the conversation is the `thread_id` of the run's config, never the model's word.
+    """The four tools over one registry; the conversation is the `thread_id` of the run's config, never a model's word.
 
     Args:
         sessions: The registry. It is not closed with the toolkit, except by `close`.
@@ -113,7 +113,9 @@ class SandboxCallback(AsyncCallbackHandler):
         thread = _thread(metadata)
         if outermost and thread is not None:
             session = self._turns[run_id] = self._sessions.session(thread, owner=self._owner)
-            portal.post(self._sessions, lambda: session.turn_started(str(run_id)))
+            # Under `invoke` this runs on a passing loop, which must not become theirs: the first tool call decides.
+            session.note_turn(str(run_id))
+            portal.post(self._sessions, session.write_turns)
 
     async def on_chain_end(self, outputs: Any, *, run_id: UUID, **more: Any) -> None:
         """The turn has ended, if that run was one."""
@@ -126,8 +128,8 @@ class SandboxCallback(AsyncCallbackHandler):
     def _ended(self, run_id: UUID) -> None:
         self._inside.discard(run_id)
         session = self._turns.pop(run_id, None)
-        if session is not None:
-            portal.post(self._sessions, lambda: session.turn_ended(str(run_id)))
+        if session is not None and session.drop_turn(str(run_id)):
+            portal.post(self._sessions, lambda: session.end_turn(str(run_id)))
 
 
 def _thread(place: dict[str, Any] | None) -> str | None:

@@ -15,6 +15,9 @@ T = TypeVar("T")
 
 Work = Callable[[], Coroutine[Any, Any, T]]
 
+STUCK = 30.0
+"""Seconds without a sign of life after which a loop counts as blocked, as one that a notebook's `invoke` sits on."""
+
 _starting = threading.Lock()
 _loop: asyncio.AbstractEventLoop | None = None
 
@@ -33,14 +36,16 @@ def run(sessions: Sessions, work: Work[T]) -> T:
     """Do the work on the loop of `sessions`, the portal's if they have none yet, and wait for its outcome.
 
     Raises:
-        ConfigError: Called on that very loop, where waiting would be for ever.
+        ConfigError: That loop is this thread's own, or blocked: waiting for it would be for ever.
     """
-    home = sessions.claim(portal_loop())
-    if home is _running():
-        msg = "A synchronous call would block the event loop that its `Sessions` run on. Use `ainvoke`."
-        raise ConfigError(msg)
+    home = sessions.loop or sessions.claim(portal_loop())
     future = _submit(home, work)
+    awake = threading.Event()
+    home.call_soon_threadsafe(awake.set)
     try:
+        if home is _running() or not awake.wait(STUCK):
+            msg = "A synchronous call would wait for the event loop that waits for it. Use `ainvoke`."
+            raise ConfigError(msg)
         return future.result()
     except BaseException:
         future.cancel()
@@ -55,11 +60,13 @@ async def arun(sessions: Sessions, work: Work[T]) -> T:
 
 
 def post(sessions: Sessions, work: Work[Any]) -> None:
-    """Have the work done there, in the order of posting, and do not wait."""
-    home = sessions.claim(_running() or portal_loop())
+    """Have the work done there in the order of posting, without waiting; not at all if they have no loop yet."""
+    home = sessions.loop
+    if home is None or home.is_closed():
+        return
     if home is _running():
         sessions.spawn(work())
-    elif not home.is_closed():
+    else:
         home.call_soon_threadsafe(lambda: sessions.spawn(work()))
 
 

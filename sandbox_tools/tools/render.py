@@ -42,7 +42,7 @@ IMAGE_LIMIT = 1_500_000
 
 STATE_LOST = (
     "Note: your earlier sandbox is gone, and all variables, processes and files in it are lost. "
-    "This is a new, empty one: import, load and compute again what you need."
+    "You start with a new, empty one: import, load and compute again what you need."
 )
 
 COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
@@ -76,7 +76,9 @@ def render(execution: Execution, *, before: str = "") -> Rendered:
     Args:
         before: A sentence to say first, such as `STATE_LOST`.
     """
-    sections, images, described = [before], [], []
+    sections = [before]
+    images: list[dict[str, Any]] = []
+    described: list[dict[str, Any]] = []
     if execution.stdout or execution.stdout_omitted:
         sections.append(_omission(execution.stdout, execution.stdout_omitted, "standard output"))
     if execution.stderr or execution.stderr_omitted:
@@ -101,6 +103,16 @@ def render(execution: Execution, *, before: str = "") -> Rendered:
         "images": described,
     }
     return Rendered(blocks=[*blocks, *images], artifact=artifact)
+
+
+def render_timeout(error: ExecutionTimeoutError, seconds: float) -> Rendered:
+    """What code put out until its time was up."""
+    before = (
+        f"The code was interrupted after {seconds:g} s. Variables, files and processes are kept. "
+        "Give it a longer `timeout`, split it, or start it in the background. Until then it had put out:"
+    )
+    rendered = render(error.partial or Execution(), before=before)
+    return Rendered(blocks=rendered.blocks, artifact={**rendered.artifact, "failure": "timeout"})
 
 
 def capped(text: str) -> str:
@@ -135,11 +147,6 @@ def render_error(error: SandboxError) -> Rendered:
         SandboxError: The error itself, where only the operator can help.
     """
     match error:
-        case ExecutionTimeoutError():
-            said = f"The code was interrupted: {_first_sentence(error)} Variables, files and processes are kept."
-            advice = "Give it a longer `timeout`, or split it, or start it in the background."
-            partial = render(error.partial or Execution(), before=f"{said} {advice}\nUntil then it had put out:")
-            return Rendered(blocks=partial.blocks, artifact={**partial.artifact, "failure": "timeout"})
         case OwnershipError():
             msg = "There is no such sandbox for you. Take a handle from `list_paused_sandboxes`."
             raise RetryableByModel(msg) from error
@@ -155,9 +162,7 @@ def render_error(error: SandboxError) -> Rendered:
         case SandboxExpiredError() | NotFoundError():
             return _failed("The sandbox is gone, and its variables and files with it. The next call gets a new one.")
         case SandboxStateError():
-            return _failed(
-                "The sandbox fell asleep during this call. Call again, and look first at what has been done."
-            )
+            return _failed("The sandbox fell asleep during this call. Call again, and look at what has been done.")
         case AuthenticationError() | AccessDeniedError() | ProtocolError():
             raise error
         case TransportError() | ServerError():
@@ -174,11 +179,6 @@ def render_error(error: SandboxError) -> Rendered:
 
 def _failed(text: str) -> Rendered:
     return Rendered.of(text, failure="sandbox")
-
-
-def _first_sentence(error: SandboxError) -> str:
-    # Written by the client, with the seconds in it and no id.
-    return error.message.split(";")[0].removesuffix(".") + "."
 
 
 def _omission(text: str, omitted: int, name: str) -> str:

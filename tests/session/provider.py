@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from sandbox_tools.errors import NotFoundError, SandboxError
-from sandbox_tools.models import SandboxInfo
+from sandbox_tools.models import Execution, SandboxInfo, Stdout
 from sandbox_tools.testing import ManualClock
 
 
@@ -31,6 +31,8 @@ class Provider:
         self.machines: dict[str, Machine] = {}
         self.log: list[tuple[str, str]] = []
         self.counter = itertools.count(1)
+        self.interpreter = echo
+        """What code does here."""
         self.gates: dict[str, asyncio.Event] = {}
         """A verb with a gate waits there, after having taken effect, before it answers."""
         self.reached: dict[str, asyncio.Event] = {}
@@ -67,6 +69,16 @@ class Handle:
         assert machine.state == "running", "code was sent to a sandbox that sleeps"
         machine.memory.append(word)
         return machine.memory
+
+    async def run_code(self, code: str, *, timeout, on_event) -> Execution:
+        return await self.provider.interpreter(self, code, on_event)
+
+
+async def echo(handle: Handle, code: str, on_event) -> Execution:
+    """Remembers the code and prints all it remembers."""
+    said = " ".join(handle.remember(code))
+    on_event(Stdout(text=said))
+    return Execution(stdout=said, execution_count=1)
 
 
 class ProviderClient:

@@ -64,10 +64,14 @@ async def test_with_pause_after_zero_the_sandbox_sleeps_when_the_turn_returns(pr
 @pytest.mark.parametrize("error", [ValueError, asyncio.CancelledError])
 async def test_a_turn_that_fails_ends_like_any_other(process, provider, error):
     session = process(PauseAfter(0)).session("t")
-    with pytest.raises(error):
+
+    async def fail():
         async with session.turn():
             await use(session)
             raise error
+
+    with pytest.raises(error):
+        await fail()
     assert states(provider) == ["paused"]
 
 
