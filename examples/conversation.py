@@ -72,7 +72,7 @@ SCRIPTS = {
         call("run_code", code=START),
         call("run_code", code=PLOT),
         call("run_code", code=LOOK),
-        "The frame is loaded, the counter runs, the note is written and the plot is drawn.",
+        AIMessage("The frame is loaded, the counter runs, the note is written and the plot is drawn."),
     ],
     2: [
         call("run_code", code="look()"),
@@ -80,7 +80,7 @@ SCRIPTS = {
         call("list_paused_sandboxes"),
         call("resume_sandbox"),
         call("run_code", code="look()"),
-        "Everything is where we left it.",
+        AIMessage("Everything is where we left it."),
     ],
 }
 
