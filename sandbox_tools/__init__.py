@@ -1,1 +1,47 @@
 """Computers for AI agents that wait: the public names and nothing else."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sandbox_tools.client import Client, Sandbox
+    from sandbox_tools.errors import SandboxError
+    from sandbox_tools.models import Execution, SandboxInfo
+    from sandbox_tools.policy.pause import Never, PauseAfter
+    from sandbox_tools.session.sessions import PausedSandbox, Session, Sessions
+    from sandbox_tools.tools.langchain import SandboxCallback, SandboxToolkit
+
+__all__ = [
+    "Client",
+    "Execution",
+    "Never",
+    "PauseAfter",
+    "PausedSandbox",
+    "Sandbox",
+    "SandboxCallback",
+    "SandboxError",
+    "SandboxInfo",
+    "SandboxToolkit",
+    "Session",
+    "Sessions",
+]
+
+_HOMES = {
+    "client": ("Client", "Sandbox"),
+    "errors": ("SandboxError",),
+    "models": ("Execution", "SandboxInfo"),
+    "policy.pause": ("Never", "PauseAfter"),
+    "session.sessions": ("PausedSandbox", "Session", "Sessions"),
+    "tools.langchain": ("SandboxCallback", "SandboxToolkit"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for: the guest and the command line need none of LangChain."""
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"sandbox_tools.{home}"), name)
+    msg = f"`sandbox_tools` has no {name!r}."
+    raise AttributeError(msg)

@@ -68,9 +68,9 @@ class SandboxGrant(Wire):
     template_id: Annotated[str, Field(alias="templateID")]
     client_id: Annotated[str, Field(alias="clientID")] = ""
     envd_version: str = ""
-    envd_access_token: str | None = None
+    envd_access_token: Annotated[str | None, Field(repr=False)] = None
     """Sent with every call to the sandbox. None: the sandbox asks for none."""
-    traffic_access_token: str | None = None
+    traffic_access_token: Annotated[str | None, Field(repr=False)] = None
     domain: str | None = None
     """Where the sandbox's own addresses live. None: the client's configured domain."""
     alias: str | None = None
@@ -137,6 +137,8 @@ class Stdout(Event):
     type: Literal["stdout"] = "stdout"
     text: str
     timestamp: str | int | None = None
+    omitted_bytes: int = 0
+    """Bytes on the wire of a piece that was larger than the client's limit and therefore dropped unread."""
 
 
 class Stderr(Event):
@@ -145,6 +147,8 @@ class Stderr(Event):
     type: Literal["stderr"] = "stderr"
     text: str
     timestamp: str | int | None = None
+    omitted_bytes: int = 0
+    """Bytes on the wire of a piece that was larger than the client's limit and therefore dropped unread."""
 
 
 class Result(Event):
@@ -201,10 +205,10 @@ class Execution(BaseModel):
 
     results: list[Result] = []
     stdout: str = ""
-    """Standard output; if `stdout_omitted` is not 0, its beginning and its end with the middle left out."""
+    """Standard output; if `stdout_omitted` is not 0, its beginning and its end, and a line in between that says so."""
     stderr: str = ""
     stdout_omitted: int = 0
-    """Characters left out of `stdout`."""
+    """Characters left out of `stdout` (bytes, for a piece that was dropped unread)."""
     stderr_omitted: int = 0
     failure: Failure | None = None
     """What the code raised. None: it ran to its end."""

@@ -1,0 +1,244 @@
+"""Bytes of `/execute` to events, and events to an `Execution`: pure, and flat in memory whatever the code puts out."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import deque
+from collections.abc import Iterator
+
+from pydantic import ValidationError
+
+from sandbox_tools.errors import ProtocolError
+from sandbox_tools.models import (
+    Ended,
+    Execution,
+    ExecutionEvent,
+    Failure,
+    Keepalive,
+    Result,
+    Started,
+    Stderr,
+    Stdout,
+)
+
+MAX_LINE = 16 * 1024 * 1024
+"""Bytes of one event; a longer one is dropped unread."""
+
+MAX_STREAM_END = 64 * 1024
+"""Characters kept at the beginning, and again at the end, of stdout and of stderr."""
+
+MAX_RESULTS = 32 * 1024 * 1024
+"""Bytes of all results of one execution together."""
+
+RESULT_OVERHEAD = 1024
+"""Bytes that a result counts for at least, so that a million tiny ones are bounded too."""
+
+_EVENTS: dict[str, type[Started | Stdout | Stderr | Result | Failure | Keepalive | Ended]] = {
+    "number_of_executions": Started,
+    "stdout": Stdout,
+    "stderr": Stderr,
+    "result": Result,
+    "error": Failure,
+    "keepalive": Keepalive,
+    "end_of_execution": Ended,
+}
+
+# Servers write `type` as the first field or as the last. Quotes inside a string are escaped, so neither pattern can
+# match inside one.
+_PEEK = 128
+_TYPE_FIRST = re.compile(rb'^\s*\{\s*"type"\s*:\s*"(\w+)"')
+_TYPE_LAST = re.compile(rb'"type"\s*:\s*"(\w+)"\s*\}\s*$')
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+class EventDecoder:
+    """Turns the chunks of a stream into events, wherever the chunks are cut.
+
+    Args:
+        max_line: Bytes of one line above which it is dropped without being kept in memory. What takes its place says
+            how many bytes were left out.
+    """
+
+    def __init__(self, *, max_line: int = MAX_LINE) -> None:
+        self._max_line = max_line
+        self._line = bytearray()
+        self._dropped = 0
+        self._head = b""
+        self._tail = b""
+
+    def feed(self, chunk: bytes) -> Iterator[ExecutionEvent]:
+        """The events that this chunk completes.
+
+        Raises:
+            ProtocolError: A line is not an event.
+        """
+        start = 0
+        while (end := chunk.find(b"\n", start)) >= 0:
+            self._extend(chunk[start:end])
+            start = end + 1
+            yield from self.close()
+
+        self._extend(chunk[start:])
+
+    def close(self) -> Iterator[ExecutionEvent]:
+        """The event of a line that ends here, if there is one: at a line's end, and at the stream's."""
+        line, dropped = bytes(self._line), self._dropped
+        self._line.clear()
+        self._dropped = 0
+        event = self._placeholder(dropped) if dropped else _parse(line)
+        if event is not None:
+            yield event
+
+    def _extend(self, piece: bytes) -> None:
+        if not self._dropped:
+            if len(self._line) + len(piece) <= self._max_line:
+                self._line += piece
+                return
+
+            self._head = bytes(self._line[:_PEEK] + piece[:_PEEK])[:_PEEK]
+            self._tail = bytes(self._line[-_PEEK:])
+            self._dropped = len(self._line)
+            self._line.clear()
+
+        self._dropped += len(piece)
+        self._tail = (self._tail + piece[-_PEEK:])[-_PEEK:]
+
+    def _placeholder(self, dropped: int) -> ExecutionEvent:
+        found = _TYPE_FIRST.search(self._head) or _TYPE_LAST.search(self._tail)
+        kind = found.group(1) if found else b"result"
+        if kind == b"stdout":
+            return Stdout(text="", omitted_bytes=dropped)
+
+        if kind == b"stderr":
+            return Stderr(text="", omitted_bytes=dropped)
+
+        if kind == b"error":
+            value = f"The code raised an exception whose text of {dropped} bytes was left out."
+            return Failure(name="OversizedError", value=value)
+
+        # Nothing else of the protocol can be this long.
+        return Result(omitted_bytes=dropped)
+
+
+def _parse(line: bytes) -> ExecutionEvent | None:
+    if not line.strip():
+        return None
+
+    try:
+        data = json.loads(line)
+        if _SURROGATE.search(line):
+            # Code may print half a surrogate pair, which no UTF-8 text can hold.
+            data = json.loads(json.dumps(data, ensure_ascii=False).encode("utf-8", "replace"))
+
+        kind = data["type"]
+        event = _EVENTS.get(kind)
+        return event.model_validate(data) if event else None
+    except (ValueError, TypeError, KeyError, RecursionError, ValidationError) as error:
+        msg = f"The sandbox sent a line that is not an event: {line[:200]!r}. Check what answers at its address."
+        raise ProtocolError(msg, op="run_code") from error
+
+
+class ExecutionCollector:
+    """Folds the events of one execution into an `Execution`.
+
+    Args:
+        max_stream_end: Characters of stdout, and of stderr, kept at the beginning and again at the end.
+        max_results: Bytes of all results together; those that do not fit leave only their size.
+    """
+
+    def __init__(self, *, max_stream_end: int = MAX_STREAM_END, max_results: int = MAX_RESULTS) -> None:
+        self._stdout = _Ends(max_stream_end)
+        self._stderr = _Ends(max_stream_end)
+        self._results: list[Result] = []
+        self._room = max_results
+        self._crowded_out = 0
+        self._failure: Failure | None = None
+        self._execution_count: int | None = None
+
+    def add(self, event: ExecutionEvent) -> None:
+        """Takes the next event."""
+        match event:
+            case Stdout():
+                self._stdout.add(event.text, event.omitted_bytes)
+            case Stderr():
+                self._stderr.add(event.text, event.omitted_bytes)
+            case Result():
+                self._add_result(event)
+            case Failure():
+                self._failure = self._failure or event
+            case Started():
+                self._execution_count = event.execution_count
+            case Keepalive() | Ended():
+                pass
+
+    def execution(self) -> Execution:
+        """What was collected so far."""
+        rest = [Result(omitted_bytes=self._crowded_out)] if self._crowded_out else []
+        return Execution(
+            results=self._results + rest,
+            stdout=self._stdout.text(),
+            stderr=self._stderr.text(),
+            stdout_omitted=self._stdout.omitted,
+            stderr_omitted=self._stderr.omitted,
+            failure=self._failure,
+            execution_count=self._execution_count,
+        )
+
+    def _add_result(self, result: Result) -> None:
+        size = max(len(result.model_dump_json(by_alias=True, exclude_none=True)), RESULT_OVERHEAD)
+        if size > self._room:
+            result = Result(omitted_bytes=size, is_main_result=result.is_main_result)
+            size = RESULT_OVERHEAD
+
+        if size > self._room:
+            self._crowded_out += result.omitted_bytes
+            return
+
+        self._room -= size
+        self._results.append(result)
+
+
+class _Ends:
+    """The beginning and the end of a text of any length."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._head: list[str] = []
+        self._head_room = limit
+        self._tail: deque[str] = deque()
+        self._tail_length = 0
+        self._lost = 0
+
+    @property
+    def omitted(self) -> int:
+        return self._lost + max(0, self._tail_length - self._limit)
+
+    def add(self, text: str, dropped: int = 0) -> None:
+        if dropped:
+            # What follows a gap belongs to the end, or the gap would not show.
+            self._head_room = 0
+            self._lost += dropped + self._tail_length
+            self._tail.clear()
+            self._tail_length = 0
+
+        if self._head_room:
+            self._head.append(text[: self._head_room])
+            text, self._head_room = text[self._head_room :], max(0, self._head_room - len(text))
+
+        if not text:
+            return
+
+        kept = text[-self._limit :]
+        self._lost += len(text) - len(kept)
+        self._tail.append(kept)
+        self._tail_length += len(kept)
+        # Whole pieces only: cutting the first one each time would copy it for every character printed.
+        while self._tail_length - len(self._tail[0]) >= self._limit:
+            gone = len(self._tail.popleft())
+            self._lost += gone
+            self._tail_length -= gone
+
+    def text(self) -> str:
+        head, tail = "".join(self._head), "".join(self._tail)[-self._limit :]
+        return f"{head}\n[{self.omitted} characters left out]\n{tail}" if self.omitted else head + tail

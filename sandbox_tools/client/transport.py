@@ -1,0 +1,319 @@
+"""One request: its deadline, its repeats, and the one place where foreign failures become this package's errors."""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import tenacity
+from pydantic import ValidationError
+
+from sandbox_tools.client.dialects import Address
+from sandbox_tools.client.local import LocalEngine
+from sandbox_tools.errors import (
+    APIError,
+    CapacityError,
+    ConfigError,
+    ConnectError,
+    ProtocolError,
+    RateLimitError,
+    RequestTimeoutError,
+    SandboxError,
+    ServerError,
+    TransportError,
+    error_for_status,
+)
+from sandbox_tools.models import ErrorBody
+
+T = TypeVar("T")
+
+LONG_REQUEST = 600.0
+"""Seconds for create, connect and pause, which may move gigabytes, where `request_timeout` is shorter."""
+
+CONNECT_TIMEOUT = 10.0
+"""Seconds to establish one connection."""
+
+ATTEMPTS = 4
+
+# Below the 5 s after which common servers close an idle connection, so that none is used while it is being closed.
+KEEPALIVE_EXPIRY = 2.0
+
+# The most specific class wins. `tests/client/test_transport.py` walks httpx's own tree and names each class's fate.
+TRANSLATIONS: dict[type[Exception], type[SandboxError]] = {
+    httpx.ConnectTimeout: ConnectError,
+    httpx.PoolTimeout: ConnectError,
+    httpx.ConnectError: ConnectError,
+    httpx.ProxyError: ConnectError,
+    httpx.TimeoutException: RequestTimeoutError,
+    httpx.UnsupportedProtocol: ConfigError,
+    httpx.InvalidURL: ConfigError,
+    httpx.LocalProtocolError: ConfigError,
+    httpx.DecodingError: ProtocolError,
+    httpx.TooManyRedirects: ProtocolError,
+    httpx.HTTPError: TransportError,
+}
+
+_FATES: dict[type[SandboxError], str] = {
+    ConnectError: "The server could not be reached. Check the address and the network, and try again.",
+    RequestTimeoutError: "No answer came in time, so it may have happened. Look at the sandbox's state first.",
+    ConfigError: "The request cannot be sent like this. Check the API URL and the domain.",
+    ProtocolError: "The answer is not of the protocol. Check the API URL.",
+    TransportError: "The connection broke, so it may have happened. Look at the sandbox's state first.",
+}
+
+_ADVICE: dict[int, str] = {
+    400: "Correct the argument it names.",
+    401: "Check the API key.",
+    403: "Check what this API key may do.",
+    404: "It was killed, or its time ran out, or the id is wrong.",
+    409: "Wait for the change in progress, or look at its state.",
+    429: "Wait before you try again.",
+    503: "There is no room now; try again later.",
+}
+
+REQUEST_ID_HEADERS = ("x-request-id", "request-id", "x-trace-id")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One request to the control plane."""
+
+    op: str
+    method: str
+    path: str
+    sandbox_id: str | None = None
+    body: Mapping[str, Any] | None = None
+    params: Mapping[str, str] = field(default_factory=dict)
+    idempotent: bool = True
+    """Whether doing it twice is the same as once. If not, it is repeated only where it certainly did not happen."""
+    deadline: float | None = None
+    """Seconds for the call with all its repeats. None: the client's `request_timeout`."""
+
+
+class Transport:
+    """Sends requests for one `Client`; owns its connections.
+
+    Args:
+        request_timeout: Seconds for one call with all its repeats, unless the call says otherwise.
+        engine: The local engine to start when it is not there. None: somebody else runs the server.
+        inner: Replaces the network, for tests.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        *,
+        request_timeout: float,
+        engine: LocalEngine | None = None,
+        inner: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self._address = address
+        self._request_timeout = request_timeout
+        self._engine = engine
+        socket = engine.socket if engine else None
+        # No certificates are read for a Unix socket: that takes longer than most calls on it.
+        verify = False if socket or inner else httpx.create_ssl_context()
+        # A URL that somebody named is meant literally; a provider's own may be behind the environment's proxy.
+        proxies = not (socket or inner or address.url_named)
+        self._pooled = _http(socket, inner, verify, proxies, kept=20)
+        # What must not be sent twice gets a connection of its own: on a kept one that the server is just closing,
+        # nobody could tell whether it arrived.
+        self._fresh = _http(socket, inner, verify, proxies, kept=0)
+
+    async def aclose(self) -> None:
+        """Closes all connections."""
+        await self._pooled.aclose()
+        await self._fresh.aclose()
+
+    async def send(self, call: Call) -> httpx.Response:
+        """Sends one call to the control plane, repeats it where that is safe, and gives the 2xx answer.
+
+        Raises:
+            TransportError: No usable answer came.
+            APIError: The server said no.
+        """
+        seconds = call.deadline or self._request_timeout
+        http = self._pooled if call.idempotent else self._fresh
+        headers = {"X-API-KEY": self._address.api_key} if self._address.api_key else {}
+        request = http.build_request(
+            call.method, self._address.api_url + call.path, params=call.params, json=call.body, headers=headers
+        )
+
+        async def once() -> httpx.Response:
+            try:
+                response = await http.send(request)
+            except (httpx.HTTPError, httpx.InvalidURL) as error:
+                raise translate(error, op=call.op, sandbox_id=call.sandbox_id) from error
+
+            if not response.is_success:
+                raise self.refusal(response, op=call.op, sandbox_id=call.sandbox_id)
+
+            return response
+
+        async def repeated() -> httpx.Response:
+            end = time.monotonic() + seconds
+            again = _safe_to_repeat if call.idempotent else _certainly_not_done
+            try:
+                async with asyncio.timeout(seconds) as limit:
+                    return await _repeat(once, lambda error: again(error) and time.monotonic() + _wait(error) < end)
+            except TimeoutError as error:
+                if not limit.expired():
+                    raise
+
+                msg = (
+                    f"`{call.op}` got no answer within {seconds:g} s, so it may have happened. "
+                    "Look at the sandbox's state before you try again."
+                )
+                raise RequestTimeoutError(msg, op=call.op, sandbox_id=call.sandbox_id) from error
+
+        return await self._with_engine(repeated)
+
+    async def open(
+        self, op: str, url: str, *, headers: Mapping[str, str], body: Mapping[str, Any], sandbox_id: str
+    ) -> httpx.Response:
+        """Sends one request to a sandbox on a connection of its own; the caller reads the answer and gives it to `close`.
+
+        It is sent again only if no connection came about, because nobody can know how far sent code has run.
+        """
+        request = self._fresh.build_request("POST", url, headers={"Accept-Encoding": "identity", **headers}, json=body)
+
+        async def once() -> httpx.Response:
+            try:
+                return await self._fresh.send(request, stream=True)
+            except (httpx.HTTPError, httpx.InvalidURL) as error:
+                raise translate(error, op=op, sandbox_id=sandbox_id) from error
+
+        return await self._with_engine(lambda: _repeat(once, lambda error: isinstance(error, ConnectError)))
+
+    def refusal(self, response: httpx.Response, *, op: str, sandbox_id: str | None) -> SandboxError:
+        """The error for an answer of the control plane that is not 2xx."""
+        status = response.status_code
+        try:
+            body = ErrorBody.model_validate_json(response.content)
+        except ValidationError:
+            # A proxy in between may fail in its own words, but only the protocol's own "not found" may be believed:
+            # a new sandbox could be made on its strength.
+            if status < 500 and status not in (401, 403, 429):
+                msg = (
+                    f"`{op}` was answered with status {status} and {response.text[:200]!r}, which is not of the "
+                    "protocol. Check the API URL."
+                )
+                return ProtocolError(self._without_key(msg), op=op, sandbox_id=sandbox_id)
+
+            body = ErrorBody(code=status, message=response.text[:200])
+
+        advice = _ADVICE.get(status, "Try again later." if status >= 500 else "Check the arguments.")
+        msg = f"`{op}` was refused with status {status}: {body.message!r}. {advice}"
+        return error_for_status(status)(
+            self._without_key(msg),
+            status_code=status,
+            error_code=body.error_code,
+            request_id=next((response.headers[name] for name in REQUEST_ID_HEADERS if name in response.headers), None),
+            retry_after=retry_after(response.headers.get("retry-after")),
+            op=op,
+            sandbox_id=sandbox_id,
+        )
+
+    def _without_key(self, message: str) -> str:
+        return message.replace(self._address.api_key, "***") if self._address.api_key else message
+
+    async def _with_engine(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        if self._engine is None:
+            return await attempt()
+
+        await self._engine.ready()
+        try:
+            return await attempt()
+        except ConnectError:
+            # An engine with nothing to do exits; the request never left, so the next one may have it.
+            self._engine.lost()
+            await self._engine.ready()
+            return await attempt()
+
+
+async def close(response: httpx.Response) -> None:
+    """Closes a streamed answer and its connection, also when the caller is cancelled while it does."""
+    # httpx takes locks before it closes the socket, and a cancellation there would leave both open.
+    closing = asyncio.create_task(response.aclose())
+    try:
+        await asyncio.shield(closing)
+    except asyncio.CancelledError:
+        await closing
+        raise
+
+
+def translate(error: Exception, *, op: str, sandbox_id: str | None) -> SandboxError:
+    """What one of httpx's exceptions means to us. Its text is left out where it could quote a header."""
+    cls = next(TRANSLATIONS[parent] for parent in type(error).__mro__ if parent in TRANSLATIONS)
+    detail = "" if isinstance(error, httpx.LocalProtocolError) else f" ({error})" if str(error) else ""
+    return cls(f"`{op}` failed: {type(error).__name__}{detail}. {_FATES[cls]}", op=op, sandbox_id=sandbox_id)
+
+
+def retry_after(value: str | None) -> float | None:
+    """Seconds that a `Retry-After` header asks for, as a number or as a date (RFC 9110, 10.2.3)."""
+    if value is None:
+        return None
+
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return None
+
+
+def _http(
+    socket: Path | None, inner: httpx.AsyncBaseTransport | None, verify: Any, proxies: bool, *, kept: int
+) -> httpx.AsyncClient:
+    # No limit to connections: a stream may be open for hours, and must not make others wait.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=kept, keepalive_expiry=KEEPALIVE_EXPIRY)
+    if socket:
+        inner = httpx.AsyncHTTPTransport(uds=str(socket), limits=limits, verify=verify)
+
+    return httpx.AsyncClient(
+        transport=inner,
+        verify=verify,
+        limits=limits,
+        timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT),
+        trust_env=proxies,
+        headers={"User-Agent": "sandbox-tools"},
+    )
+
+
+async def _repeat(once: Callable[[], Awaitable[T]], again: Callable[[BaseException], bool]) -> T:
+    retrying = tenacity.AsyncRetrying(
+        stop=tenacity.stop_after_attempt(ATTEMPTS),
+        wait=lambda state: _wait(state.outcome.exception() if state.outcome else None) or _jitter(state),
+        retry=tenacity.retry_if_exception(again),
+        reraise=True,
+    )
+    return await retrying(once)
+
+
+_jitter = tenacity.wait_random_exponential(multiplier=0.2, max=10)
+
+
+def _wait(error: BaseException | None) -> float:
+    return (error.retry_after or 0.0) if isinstance(error, APIError) else 0.0
+
+
+def _safe_to_repeat(error: BaseException) -> bool:
+    if isinstance(error, ServerError):
+        return error.status_code in (502, 503, 504)
+
+    # A broken connection leaves open whether it happened, which does not matter to what may be done twice.
+    return isinstance(error, (ConnectError, RateLimitError)) or type(error) is TransportError
+
+
+def _certainly_not_done(error: BaseException) -> bool:
+    refused = isinstance(error, CapacityError) and error.error_code == "sandbox_capacity_unavailable"
+    return refused or isinstance(error, (ConnectError, RateLimitError))

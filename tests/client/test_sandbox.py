@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+
+import httpx
+import pytest
+
+from sandbox_tools.client import Client, Sandbox
+from sandbox_tools.errors import (
+    ConfigError,
+    ConnectError,
+    ExecutionTimeoutError,
+    NotFoundError,
+    ProtocolError,
+    SandboxBusyError,
+    SandboxError,
+    SandboxExpiredError,
+    SandboxStateError,
+    TransportError,
+)
+from sandbox_tools.models import Ended, ExecutionEvent, Started, Stdout
+from tests.client.conftest import Server
+
+
+@pytest.fixture
+async def sandbox(client: Client) -> Sandbox:
+    return await client.create()
+
+
+async def test_code_runs_and_its_output_comes_back(sandbox: Sandbox) -> None:
+    execution = await sandbox.run_code("print hello")
+
+    assert ("hello", 1, None) == (execution.stdout, execution.execution_count, execution.failure)
+    assert "42" == (await sandbox.run_code("value 42")).text
+
+
+async def test_code_that_raises_is_a_result(sandbox: Sandbox) -> None:
+    execution = await sandbox.run_code("raise oops")
+
+    assert execution.failure is not None
+    assert ("ValueError", "oops") == (execution.failure.name, execution.failure.value)
+
+
+async def test_events_arrive_while_the_code_runs(sandbox: Sandbox) -> None:
+    """The first event is in hand although the code never ends; closing the stream interrupts it."""
+    async with aclosing(sandbox.stream_code("hang")) as events:
+        assert isinstance(await anext(events), Started)
+        assert "begun" == (await anext(events)).text  # type: ignore[union-attr]
+
+
+async def test_on_event_sees_what_the_stream_gives(sandbox: Sandbox) -> None:
+    seen: list[ExecutionEvent] = []
+    await sandbox.run_code("print a", on_event=seen.append)
+
+    assert [Started, Stdout, Ended] == [type(event) for event in seen]
+
+
+async def test_output_without_end_leaves_both_its_ends(sandbox: Sandbox) -> None:
+    execution = await sandbox.run_code("flood 50")
+
+    assert len(execution.stdout) < 200_000
+    assert execution.stdout_omitted > 49_000_000
+
+
+async def test_code_past_its_timeout_is_disconnected_and_leaves_what_it_had_said(
+    sandbox: Sandbox, server: Server
+) -> None:
+    with pytest.raises(ExecutionTimeoutError) as caught:
+        await sandbox.run_code("hang", timeout=0.5)
+
+    assert caught.value.partial is not None
+    assert "begun" == caught.value.partial.stdout
+    assert await asyncio.to_thread(server.disconnected.wait, 5)
+    assert "after" == (await sandbox.run_code("print after")).stdout
+
+
+@pytest.mark.parametrize("way", ["cancelled", "closed", "callback raises"])
+async def test_a_caller_that_goes_away_closes_the_connection(sandbox: Sandbox, server: Server, way: str) -> None:
+    """The closed connection is what interrupts the code on the server's side."""
+    begun = asyncio.Event()
+
+    def on_event(event: ExecutionEvent) -> None:
+        if isinstance(event, Stdout):
+            begun.set()
+            if way == "callback raises":
+                raise ZeroDivisionError
+
+    async def close_early() -> None:
+        async with aclosing(sandbox.stream_code("hang", timeout=None)) as events:
+            async for event in events:
+                on_event(event)
+                if begun.is_set():
+                    return
+
+    if way == "closed":
+        await close_early()
+    else:
+        task = asyncio.create_task(sandbox.run_code("hang", timeout=None, on_event=on_event))
+        async with asyncio.timeout(5):
+            await begun.wait()
+        task.cancel()
+        (outcome,) = await asyncio.gather(task, return_exceptions=True)
+        assert isinstance(outcome, (asyncio.CancelledError, ZeroDivisionError))
+    assert await asyncio.to_thread(server.disconnected.wait, 5)
+    assert not sandbox._client.transport._fresh._transport._pool.connections  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        ("stop", ProtocolError),
+        ("garbage", ProtocolError),
+        ("break", TransportError),
+        ("killed", SandboxExpiredError),
+        ("paused", SandboxStateError),
+    ],
+)
+async def test_a_stream_that_breaks_is_never_a_success_and_says_why(
+    sandbox: Sandbox, server: Server, code: str, error: type[SandboxError]
+) -> None:
+    with pytest.raises(SandboxError) as caught:
+        await sandbox.run_code(code)
+
+    assert error is type(caught.value)
+    assert [code] == server.executions
+
+
+async def test_a_paused_sandbox_says_so_and_runs_code_again_after_its_resume(sandbox: Sandbox) -> None:
+    await sandbox.pause()
+    with pytest.raises(SandboxStateError) as caught:
+        await sandbox.run_code("print 1")
+    assert not isinstance(caught.value, SandboxExpiredError)
+
+    await sandbox.resume()
+    assert "1" == (await sandbox.run_code("print 1")).stdout
+
+
+async def test_a_killed_sandbox_is_expired(sandbox: Sandbox) -> None:
+    await sandbox.kill()
+
+    with pytest.raises(SandboxExpiredError):
+        await sandbox.run_code("print 1")
+
+
+async def test_an_unknown_context_is_not_found(sandbox: Sandbox) -> None:
+    with pytest.raises(NotFoundError):
+        await sandbox.run_code("print 1", context="nowhere")
+
+
+@pytest.mark.parametrize(
+    ("arguments"), [{"timeout": 0}, {"timeout": -1}, {"context": "c", "language": "python"}], ids=str
+)
+async def test_arguments_that_cannot_work_are_refused_before_anything_runs(
+    sandbox: Sandbox, server: Server, arguments: dict[str, object]
+) -> None:
+    with pytest.raises(ConfigError):
+        await sandbox.run_code("print 1", **arguments)  # type: ignore[arg-type]
+    assert not server.executions
+
+
+@pytest.mark.parametrize(
+    ("failure", "sent", "error"),
+    [
+        (httpx.ConnectError("refused"), 4, ConnectError),
+        (httpx.ReadError("cut"), 1, TransportError),
+        (httpx.WriteError("cut"), 1, TransportError),
+        (httpx.RemoteProtocolError("disconnected"), 1, TransportError),
+        (httpx.Response(409, json={"code": 409, "message": "transitioning"}), 1, SandboxBusyError),
+        (httpx.Response(404, text="no such page"), 1, ProtocolError),
+        (httpx.Response(502, json={"code": 502, "message": "The sandbox was not found"}), 1, TransportError),
+    ],
+    ids=str,
+)
+async def test_code_is_sent_again_only_if_no_connection_came_about(
+    failure: Exception | httpx.Response, sent: int, error: type[SandboxError]
+) -> None:
+    executions: list[httpx.Request] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        if request.url.path != "/execute":
+            return httpx.Response(201, json=Server().grant("i1") | {**Server().row_of("i1")})
+
+        executions.append(request)
+        if isinstance(failure, Exception):
+            raise failure
+
+        return failure
+
+    async with Client(provider="e2b", api_key="k", transport=httpx.MockTransport(handler)) as client:
+        sandbox = await client.create()
+        with pytest.raises(error):
+            await sandbox.run_code("print 1")
+    assert sent == len(executions)
+    assert "X-API-KEY" not in executions[0].headers
+
+
+async def test_many_executions_at_once_do_not_wait_for_each_others_connections(client: Client, server: Server) -> None:
+    sandboxes = [await client.create() for _ in range(3)]
+    async with asyncio.TaskGroup() as group:
+        hanging = [group.create_task(sandboxes[n % 3].run_code("hang", timeout=None)) for n in range(120)]
+        assert "free" == (await sandboxes[0].run_code("print free", timeout=20)).stdout
+        for task in hanging:
+            task.cancel()
