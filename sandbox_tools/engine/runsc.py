@@ -59,7 +59,11 @@ class Runsc:
             await self._call(container, "resume", container.id)
 
     async def state(self, container: Container) -> ContainerState:
-        """What `runsc` says; a container it doesn't know, or whose processes ended, is gone."""
+        """What `runsc` says; a container it doesn't know, or whose process ended, is gone."""
+        # `runsc` takes a process for alive that has ended and that the host's init has yet to reap.
+        if _sandbox_pid(container) is None:
+            return "gone"
+
         with contextlib.suppress(EngineError):
             answer = json.loads(await self._call(container, "state", container.id))
             if answer["status"] == "running":

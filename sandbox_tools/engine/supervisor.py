@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from sandbox_tools.engine import snapshots
 from sandbox_tools.engine.lifecycle import Entry, Lifecycle
-from sandbox_tools.engine.records import Record, new_id
+from sandbox_tools.engine.records import Record, new_id, new_run
 from sandbox_tools.engine.runtime import Container, Runtime
 from sandbox_tools.engine.templates import Template
 from sandbox_tools.errors import ConfigError, ConflictError, EngineError, NotFoundError
@@ -180,7 +180,6 @@ class Supervisor:
             if isinstance(outcome, BaseException):
                 log.error("Sandbox %s is left running for the next engine: %s", entry.record.id, outcome)
                 self._lifecycle.leave(entry)
-        await self._runtime.aclose()
 
     # Transitions, under the sandbox's lock.
 
@@ -192,6 +191,7 @@ class Supervisor:
             template_name=request.template_id,
             runsc=self._template.runsc.name,
             state="running",
+            run=new_run(),
             started_at=now,
             end_at=now + timedelta(seconds=timeout),
             auto_pause=request.auto_pause,
