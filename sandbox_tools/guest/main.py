@@ -157,7 +157,11 @@ def _account() -> Account:
     if os.geteuid() == 0:
         with contextlib.suppress(KeyError):
             user = pwd.getpwnam(USER)
-            return Account(name=USER, home=Path(user.pw_dir), uid=user.pw_uid, gid=user.pw_gid)
+            account = Account(name=USER, home=Path(user.pw_dir), uid=user.pw_uid, gid=user.pw_gid)
+            # A root file system that an ordinary user unpacked belongs to root throughout.
+            for path in (account.home, *account.home.rglob("*")):
+                account.own(path)
+            return account
 
     me = pwd.getpwuid(os.geteuid())
     return Account(name=me.pw_name, home=Path(me.pw_dir))
