@@ -26,10 +26,10 @@ from rich.panel import Panel
 from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
-from sandbox_tools.testing import ScriptedModel, call
 
 from sandbox_tools import Client, PauseAfter, SandboxCallback, SandboxToolkit, Sessions
 from sandbox_tools.models import SandboxInfo
+from sandbox_tools.testing import ScriptedModel, call
 
 AWAY = 5
 """Seconds the user is away between the two turns."""
@@ -72,7 +72,7 @@ SCRIPTS = {
         call("run_code", code=START),
         call("run_code", code=PLOT),
         call("run_code", code=LOOK),
-        "The frame is loaded, the counter runs, the note is written and the plot is drawn.",
+        AIMessage("The frame is loaded, the counter runs, the note is written and the plot is drawn."),
     ],
     2: [
         call("run_code", code="look()"),
@@ -80,7 +80,7 @@ SCRIPTS = {
         call("list_paused_sandboxes"),
         call("resume_sandbox"),
         call("run_code", code="look()"),
-        "Everything is where we left it.",
+        AIMessage("Everything is where we left it."),
     ],
 }
 
@@ -144,7 +144,7 @@ async def turn(number: int, thread: str, report: Path) -> None:
                 spoke = time.monotonic()
             began = time.monotonic()
 
-        await sessions.sweep()
+        await asleep(client, thread)
         steps.append(await step(client, thread, "turn end: pause", time.monotonic() - spoke, ""))
         if number == 2:
             await sessions.session(thread).kill()
@@ -187,33 +187,41 @@ def show_answer(message: ToolMessage) -> str:
 
 async def step(client: Client, thread: str, name: str, seconds: float, text: str) -> dict[str, Any]:
     """A row of the report: what was done, how long it took, and where the sandbox stands after it."""
-    [info] = await sandboxes_of(client, thread)
+    info = await sandbox_of(client, thread)
     return {
         "step": name,
         "seconds": seconds,
         "text": text,
         "state": info.state,
-        "ram": info.resident_bytes or 0,
-        "disk": info.snapshot_bytes or 0,
+        "ram": info.resident_bytes,
+        "disk": info.snapshot_bytes,
     }
 
 
-async def sandboxes_of(client: Client, thread: str) -> list[SandboxInfo]:
-    return [info async for info in client.list() if thread in info.metadata.values()]
+async def asleep(client: Client, thread: str) -> None:
+    """Wait for the pause that the turn's end has set off behind the agent's back."""
+    async with asyncio.timeout(30):
+        while not (await sandbox_of(client, thread)).snapshot_bytes:  # noqa: ASYNC110 - another process makes it
+            await asyncio.sleep(0.02)
+
+
+async def sandbox_of(client: Client, thread: str) -> SandboxInfo:
+    """The thread's sandbox, found by the stamp that the session has put on it; an application never needs to."""
+    [found] = [info async for info in client.list() if thread in info.metadata.values()]
+    return await client.info(found.sandbox_id)
 
 
 async def clean_up(thread: str) -> None:
     """After a failed turn: leave no sandbox behind."""
-    async with Client() as client:
-        for info in await sandboxes_of(client, thread):
-            await client.kill(info.sandbox_id)
+    async with Sessions() as sessions:
+        await sessions.session(thread).kill()
 
 
 def conclude(steps: list[dict[str, Any]]) -> int:
     """Draw what each step took; 0 if the sandbox slept between the turns and the looks into it agree."""
-    table = Table("turn", "step", "seconds", "sandbox after it", "RAM (MB)", "on disk (MB)", title="What it took")
+    table = Table("turn", "step", "seconds", "then", "MB of RAM", "MB on disk", title="What it took")
     for made in steps:
-        sizes = (f"{made[key] / 1e6:.0f}" for key in ("ram", "disk"))
+        sizes = ("?" if made[key] is None else f"{made[key] / 1e6:.0f}" for key in ("ram", "disk"))
         table.add_row(str(made["turn"]), made["step"], f"{made['seconds']:.2f}", made["state"], *sizes)
     console.print(table)
 
@@ -221,7 +229,7 @@ def conclude(steps: list[dict[str, Any]]) -> int:
     kept = all(before[key] == after[key] == again[key] for key in ("rows", "notes", "pid", "alive")) and before["alive"]
     # It counts ten times a second: awake all the while, it would have come this much further.
     slept = before["count"] <= after["count"] < before["count"] + AWAY * 10 and after["count"] <= again["count"]
-    freed = all(made["state"] == "paused" and not made["ram"] for made in steps if made["step"].startswith("turn end"))
+    freed = all((made["state"], made["ram"]) == ("paused", 0) for made in steps if made["step"].startswith("turn end"))
     counts = f"{before['count']}, {after['count']}, {again['count']}"
     for claim, holds in {
         f"The same frame, note and process {after['pid']}": kept,

@@ -58,14 +58,21 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--uds", type=Path, metavar="PATH", help="listen on this Unix socket (default: in the state directory)"
     )
-    serve.add_argument("--host", metavar="ADDRESS", help="listen on TCP at this address instead; needs --port")
-    serve.add_argument("--port", type=int, help="listen on this TCP port instead (default address: 127.0.0.1)")
+    serve.add_argument("--host", metavar="ADDRESS", help="listen on TCP at this address instead")
+    serve.add_argument("--port", type=int, metavar="N", help="its port (default: a free one; address: 127.0.0.1)")
     serve.add_argument(
         "--api-key",
         default=os.environ.get("SANDBOX_TOOLS_API_KEY"),
         metavar="KEY",
         help="what clients must send; on TCP one is generated where none is given (default: $SANDBOX_TOOLS_API_KEY)",
     )
+    serve.add_argument(
+        "--idle-exit",
+        type=float,
+        metavar="SECONDS",
+        help="exit after so long without a running sandbox or a request; paused ones lie on disk (default: never)",
+    )
+    serve.add_argument("--memory-mb", type=int, default=2048, metavar="MB", help="memory of a sandbox (default: 2048)")
     return parser
 
 
@@ -90,25 +97,27 @@ def _local_extra() -> Iterator[None]:
 def _setup(arguments: argparse.Namespace) -> int:
     with _local_extra():
         from sandbox_tools.engine import templates
-        from sandbox_tools.engine.install import check_machine, install_runsc
+        from sandbox_tools.engine.install import check_machine, install_runsc, make_directory
         from sandbox_tools.engine.roots import build_root
 
     started = time.monotonic()
     state = _state(arguments)
     templates_dir = templates_directory(state)
     check_machine()
+    make_directory(state)
     with _progress(quiet=arguments.json) as stage:
         stage("runsc")("Looking for runsc", 0.0)
         runsc = install_runsc(state)
         root = build_root(templates_dir, stage("root file system"))
-        asyncio.run(templates.prepare(state, templates_dir, stage("warmed template")))
+        template = asyncio.run(templates.prepare(state, templates_dir, stage("warmed template")))
     seconds = round(time.monotonic() - started, 1)
 
     if arguments.json:
-        outcome = {"runsc": str(runsc.path), "version": runsc.version, "root": str(root), "seconds": seconds}
+        outcome = {"runsc": str(runsc.path), "version": runsc.version, "root": str(root), "template": template.id}
+        outcome["seconds"] = seconds
         print(json.dumps(outcome))
     else:
-        print(f"Ready: runsc {runsc.version}, template in {templates_dir} ({seconds} s).")
+        print(f"Ready: runsc {runsc.version}, template {template.id} in {templates_dir} ({seconds} s)")
     return 0
 
 
@@ -125,25 +134,23 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    if arguments.uds and (arguments.host or arguments.port):
+    tcp = arguments.host is not None or arguments.port is not None
+    if tcp and arguments.uds:
         msg = "An engine listens on a Unix socket or on TCP, not on both. Leave out `--uds`, or `--host` and `--port`."
-        raise ConfigError(msg, op="serve")
-
-    if arguments.host and not arguments.port:
-        msg = f"`--host {arguments.host}` needs a port. Add `--port`."
         raise ConfigError(msg, op="serve")
 
     with _local_extra():
         from sandbox_tools.engine import serve
 
-    code: int = serve.run(
-        state_dir=_state(arguments),
+    return serve.run(
+        _state(arguments),
         uds=arguments.uds,
-        host=arguments.host or ("127.0.0.1" if arguments.port else None),
-        port=arguments.port,
+        host=(arguments.host or "127.0.0.1") if tcp else None,
+        port=arguments.port or 0,
         api_key=arguments.api_key,
+        idle_exit=arguments.idle_exit,
+        memory_mb=arguments.memory_mb,
     )
-    return code
 
 
 Stage = Callable[[str], Callable[[str, float], None]]

@@ -31,7 +31,7 @@ HEALTH_TIMEOUT = 5.0
 LOCK_TAKEN = 3
 """The exit code of an engine that found another one on its state directory."""
 
-SERVE = (sys.executable, "-m", "sandbox_tools", "serve")
+SERVE = (sys.executable, "-m", "sandbox_tools", "serve", "--idle-exit", "900")
 
 
 class LocalEngine:
@@ -201,6 +201,8 @@ class _Starter:
         # caller's, whose files could shadow modules; so a checkout that is not installed must be named to be found.
         package = str(Path(__file__).parents[2])
         env = dict(os.environ)
+        # On a Unix socket its permissions decide; this user's other processes may not have the key.
+        env.pop("SANDBOX_TOOLS_API_KEY", None)
         if package != sysconfig.get_path("purelib"):
             env["PYTHONPATH"] = os.pathsep.join(filter(None, [package, env.get("PYTHONPATH")]))
 

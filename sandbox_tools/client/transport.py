@@ -177,7 +177,7 @@ class Transport:
     async def open(
         self, op: str, url: str, *, headers: Mapping[str, str], body: Mapping[str, Any], sandbox_id: str
     ) -> httpx.Response:
-        """Sends one request to a sandbox on a connection of its own; the caller reads the answer and gives it to `close`.
+        """Sends one request to a sandbox on a connection of its own; the caller reads the answer and `close`s it.
 
         It is sent again only if no connection came about, because nobody can know how far sent code has run.
         """

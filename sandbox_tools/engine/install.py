@@ -45,7 +45,11 @@ def find_runsc(state: Path | None = None) -> Runsc:
     """
     chosen = os.environ.get("SANDBOX_TOOLS_RUNSC")
     if chosen:
-        return _checked(Path(chosen))
+        try:
+            return _checked(Path(chosen))
+        except ConfigError as error:
+            msg = f"{error.message} It is what `SANDBOX_TOOLS_RUNSC` names.\n{USE_A_CLOUD}"
+            raise ConfigError(msg, op="setup") from None
 
     problem = "`runsc` (gVisor) is not installed."
     on_path = shutil.which("runsc")
@@ -82,6 +86,7 @@ def install_runsc(state: Path) -> Runsc:
         missing = error
 
     binaries = state / "bin"
+    make_directory(state)
     make_directory(binaries)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=binaries) as scratch:
         base = base_source(debian_sources(Path(scratch)))
@@ -132,13 +137,13 @@ def check_machine() -> None:
 
 
 def make_directory(path: Path) -> None:
-    """Make a directory and its parents.
+    """Make a directory, its owner's only, and its parents.
 
     Raises:
         ConfigError: It can't be made or not be written to.
     """
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         reason = error.strerror or str(error)
     else:

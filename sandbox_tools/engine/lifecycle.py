@@ -18,7 +18,7 @@ from typing import Literal
 from sandbox_tools.engine import snapshots, templates
 from sandbox_tools.engine.bundle import write_bundle
 from sandbox_tools.engine.guest_calls import initialise
-from sandbox_tools.engine.records import RECORD, Record
+from sandbox_tools.engine.records import RECORD, Record, new_run
 from sandbox_tools.engine.runtime import Container, Runtime
 from sandbox_tools.engine.tunnel import Tunnel
 from sandbox_tools.errors import EngineError
@@ -97,7 +97,7 @@ class Lifecycle:
         try:
             await asyncio.to_thread(snapshots.verify, snapshot, cpu=templates.cpu())
             now = self._now()
-            changes = {"state": "running", "run": paused.run + 1, "snapshot": None, "snapshot_bytes": 0}
+            changes = {"state": "running", "run": new_run(), "snapshot": None, "snapshot_bytes": 0}
             entry.record = paused.model_copy(update={**changes, "started_at": now, "end_at": end})
             await self._start_run(entry, snapshot)
             # Until this is written the snapshot is the truth; from then on the live container is.
@@ -118,7 +118,7 @@ class Lifecycle:
             EngineError: It could not be written. The sandbox goes on running, unless its phase says that it is gone.
         """
         running = entry.record
-        final = self.snapshots / running.id / str(running.run)
+        final = self.snapshots / running.id / running.run
         entry.phase = "pausing"
         self._let_go(entry, "the sandbox is being paused")
         try:

@@ -35,8 +35,8 @@ class Record(BaseModel):
     runsc: str
     """The pinned `runsc` it runs under, all its life."""
     state: State
-    run: int = 1
-    """Counts its containers: every resume makes a new one."""
+    run: str
+    """Names its container: every resume makes a new one, and a name is never used twice."""
     snapshot: str | None = None
     """The name of the snapshot to resume from; only while paused."""
     snapshot_bytes: int = 0
@@ -89,6 +89,11 @@ class Record(BaseModel):
             resident_bytes=resident_bytes,
             snapshot_bytes=self.snapshot_bytes,
         )
+
+
+def new_run() -> str:
+    """A name for a sandbox's next container."""
+    return secrets.token_hex(4)
 
 
 def new_id() -> str:

@@ -59,7 +59,11 @@ class Runsc:
             await self._call(container, "resume", container.id)
 
     async def state(self, container: Container) -> ContainerState:
-        """What `runsc` says; a container it doesn't know, or whose processes ended, is gone."""
+        """What `runsc` says; a container it doesn't know, or whose process ended, is gone."""
+        # `runsc` takes a process for alive that has ended and that the host's init has yet to reap.
+        if _sandbox_pid(container) is None:
+            return "gone"
+
         with contextlib.suppress(EngineError):
             answer = json.loads(await self._call(container, "state", container.id))
             if answer["status"] == "running":
@@ -95,14 +99,9 @@ class Runsc:
                 os.close(pidfd)
 
     def resident_bytes(self, container: Container) -> int:
-        """RAM that the sandbox's process holds: what is its own, and its share of what it shares (PSS)."""
+        """RAM that the sandbox holds: its process and those below it, each with its share of what they share (PSS)."""
         pid = _sandbox_pid(container)
-        if pid is not None:
-            with contextlib.suppress(OSError):
-                for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-                    if line.startswith("Pss:"):
-                        return int(line.split()[1]) * 1024
-        return 0
+        return 0 if pid is None else sum(_proportional_bytes(each) for each in _with_descendants(pid))
 
     async def known(self) -> list[str]:
         """The ids of all containers that `runsc` has records of, dead ones included."""
@@ -228,6 +227,23 @@ def _sandbox_pid(container: Container) -> int | None:
         if container.id in Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0"):
             return pid
     return None
+
+
+def _with_descendants(pid: int) -> list[int]:
+    found = [pid]
+    for each in found:  # grows while it is walked
+        with contextlib.suppress(OSError):
+            for task in Path(f"/proc/{each}/task").iterdir():
+                found += map(int, (task / "children").read_text().split())
+    return found
+
+
+def _proportional_bytes(pid: int) -> int:
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1024
+    return 0
 
 
 def _sandbox_process(container: Container) -> int | None:

@@ -8,6 +8,7 @@ import fcntl
 import logging
 import os
 import secrets
+import signal
 import socket
 import sys
 from collections.abc import Iterator
@@ -74,6 +75,13 @@ class AlreadyRunningError(ConfigError):
     """Raised when another engine holds the state directory."""
 
 
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals are the loop's: uvicorn would raise them again when it ends, before the sandboxes are paused."""
+        yield
+
+
 async def _serve(
     state: Path, listener: socket.socket, api_key: str | None, memory_mb: int, idle_exit: float | None
 ) -> None:
@@ -92,7 +100,10 @@ async def _serve(
         # In-flight streams of sandboxes that are about to be paused end with them, not before.
         timeout_graceful_shutdown=5,
     )
-    server = uvicorn.Server(config)
+    server = _Server(config)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, server.handle_exit, number, None)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     preparing = asyncio.create_task(_prepare(state, engine, memory_mb))
     try:

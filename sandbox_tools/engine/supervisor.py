@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from sandbox_tools.engine import snapshots
 from sandbox_tools.engine.lifecycle import Entry, Lifecycle
-from sandbox_tools.engine.records import Record, new_id
+from sandbox_tools.engine.records import Record, new_id, new_run
 from sandbox_tools.engine.runtime import Container, Runtime
 from sandbox_tools.engine.templates import Template
 from sandbox_tools.errors import ConfigError, ConflictError, EngineError, NotFoundError
@@ -180,7 +180,6 @@ class Supervisor:
             if isinstance(outcome, BaseException):
                 log.error("Sandbox %s is left running for the next engine: %s", entry.record.id, outcome)
                 self._lifecycle.leave(entry)
-        await self._runtime.aclose()
 
     # Transitions, under the sandbox's lock.
 
@@ -192,6 +191,7 @@ class Supervisor:
             template_name=request.template_id,
             runsc=self._template.runsc.name,
             state="running",
+            run=new_run(),
             started_at=now,
             end_at=now + timedelta(seconds=timeout),
             auto_pause=request.auto_pause,
@@ -239,7 +239,8 @@ class Supervisor:
             await self._lifecycle.pause(entry)
         finally:
             if entry.phase == "gone":
-                self._forget(entry, "it ended while it was being paused")
+                self._remember(entry, "it ended while it was being paused")
+                self._entries.pop(entry.record.id, None)
 
     async def _kill(self, entry: Entry) -> None:
         async with entry.lock:
@@ -271,8 +272,10 @@ class Supervisor:
             await self._end(entry, f"it ended by itself; {needed}")
 
     async def _end(self, entry: Entry, reason: str) -> None:
+        # Remembered first: from here on whoever asks is told that it is gone, and why.
+        self._remember(entry, reason)
         await self._lifecycle.end(entry, reason)
-        self._forget(entry, reason)
+        self._entries.pop(entry.record.id, None)
 
     async def _set_end(self, entry: Entry, end: datetime) -> None:
         before = entry.record
@@ -350,8 +353,7 @@ class Supervisor:
             msg += f": {reason}"
         return NotFoundError(msg, sandbox_id=sandbox_id)
 
-    def _forget(self, entry: Entry, reason: str) -> None:
-        self._entries.pop(entry.record.id, None)
+    def _remember(self, entry: Entry, reason: str) -> None:
         self._ended[entry.record.id] = reason
         while len(self._ended) > _REMEMBERED:
             del self._ended[next(iter(self._ended))]

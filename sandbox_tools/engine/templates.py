@@ -17,7 +17,7 @@ from pathlib import Path
 import sandbox_tools.guest
 from sandbox_tools.engine import snapshots
 from sandbox_tools.engine.bundle import bundle_config, write_bundle
-from sandbox_tools.engine.install import find_runsc
+from sandbox_tools.engine.install import check_machine, find_runsc
 from sandbox_tools.engine.roots import build_root
 from sandbox_tools.engine.runsc import Runsc
 from sandbox_tools.engine.runtime import Container
@@ -85,6 +85,7 @@ async def prepare(
     """
     for name in ("images", "guests", "runsc"):
         (templates / name).mkdir(parents=True, exist_ok=True)
+    await asyncio.to_thread(check_machine)
     found = await asyncio.to_thread(find_runsc, state)
     root = await asyncio.to_thread(build_root, templates, on_step)
     runsc = await asyncio.to_thread(_pin, found.path, templates / "runsc")

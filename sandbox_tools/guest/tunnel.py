@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
+import struct
 
 from sandbox_tools.guest.mux import HELLO, MAX_PAYLOAD, OPENED, Mux, Stream, StreamResetError
 
@@ -53,8 +55,7 @@ async def _connect(mux: Mux, stream: Stream) -> None:
         await asyncio.gather(inward, outward)
     except (StreamResetError, OSError) as error:
         stream.close(str(error))
-        # Aborted, not closed: a server inside must see a broken connection where the client broke it.
-        writer.transport.abort()
+        _reset(writer)
     finally:
         inward.cancel()
         outward.cancel()
@@ -76,3 +77,10 @@ async def _out_of_guest(reader: asyncio.StreamReader, stream: Stream) -> None:
     while data := await reader.read(MAX_PAYLOAD):
         await stream.write(data)
     stream.write_eof()
+
+
+def _reset(writer: asyncio.StreamWriter) -> None:
+    """Break the connection: a server inside must not take half a request for the whole of it."""
+    connection: socket.socket = writer.get_extra_info("socket")
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()

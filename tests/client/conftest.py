@@ -1,4 +1,4 @@
-"""A small real server of the protocol on a Unix socket, and an environment without anybody's keys."""
+"""A small real server of the protocol on a Unix socket, for what the engine cannot be made to do on demand."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 
 from sandbox_tools.client import Client
-from sandbox_tools.client.dialects import DIALECTS
 
 NOW = "2026-11-23T07:00:00.000000Z"
 
@@ -184,20 +183,6 @@ class Server:
 
 def line(**event: object) -> bytes:
     return json.dumps(event).encode() + b"\n"
-
-
-@pytest.fixture(autouse=True)
-def _no_keys_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    for dialect in DIALECTS.values():
-        for name in (
-            dialect.key_env,
-            dialect.url_env,
-            dialect.sandbox_url_env,
-            dialect.domain_env,
-            dialect.region_env,
-        ):
-            if name:
-                monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture

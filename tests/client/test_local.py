@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from sandbox_tools.client import Client
+from sandbox_tools.client.dialects import Address
 from sandbox_tools.client.local import LocalEngine
-from sandbox_tools.errors import ConfigError, EngineError
+from sandbox_tools.client.transport import Call, Transport
+from sandbox_tools.errors import ConfigError, EngineError, NotFoundError
 from tests.client.conftest import Server
 
 # A stand-in that keeps the engine's promises to those who start it: the lock, exit code 3, /health on the socket.
@@ -34,11 +36,15 @@ if mode == "silent":
 answers = ["building the template", "warming the template"] if mode == "prepares" else []
 class Health(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
+        if self.path != "/health":
+            return self.answer(404, {"code": 404, "message": "no such sandbox"})
         message = answers.pop(0) if answers else "still building" if mode == "never" else None
         if mode == "foreign":
-            message = "not of the protocol"
-        body = json.dumps({"code": 503, "message": message} if mode != "foreign" else message).encode()
-        self.send_response(503 if message else 200)
+            return self.answer(503, "not of the protocol")
+        self.answer(503 if message else 200, {"code": 503, "message": message})
+    def answer(self, status, body):
+        body = json.dumps(body).encode()
+        self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -106,6 +112,18 @@ async def test_an_engine_that_went_away_is_started_again(state: Path) -> None:
     await local.ready()
 
     assert 2 == len(pids(state))
+
+
+async def test_a_call_that_finds_the_engine_gone_starts_it_and_is_sent_again(state: Path) -> None:
+    """An engine with nothing to do exits; whoever calls next does not notice. The stand-in knows no sandboxes."""
+    local = engine(state)
+    transport = Transport(Address(api_url="http://localhost"), request_timeout=5, engine=local)
+    for number in (1, 2):
+        with pytest.raises(NotFoundError):
+            await transport.send(Call(op="info", method="GET", path="/sandboxes/i1"))
+        assert number == len(pids(state))
+        os.kill(pids(state)[-1], signal.SIGKILL)
+    await transport.aclose()
 
 
 async def test_preparing_is_waited_for_and_told(state: Path) -> None:

@@ -1,0 +1,76 @@
+"""What all tests share: one engine for those that only use it, and the templates of this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sandbox_tools.engine.templates import prepare
+from sandbox_tools.paths import state_directory, templates_directory
+from tests.machine import EngineProcess
+
+
+@pytest.fixture(scope="session")
+def templates() -> Iterator[Path]:
+    """The warmed templates, made once per machine; every engine of the tests shares them."""
+    state = state_directory()
+    state.mkdir(parents=True, exist_ok=True)
+    directory = templates_directory(state)
+    asyncio.run(prepare(state, directory))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SANDBOX_TOOLS_TEMPLATES_DIR", str(directory))
+        if (state / "bin" / "runsc").exists():
+            patch.setenv("SANDBOX_TOOLS_RUNSC", str(state / "bin" / "runsc"))
+        yield directory
+
+
+@contextlib.contextmanager
+def own_state() -> Iterator[Path]:
+    """A state directory of the test's own, with a path short enough for a socket's name."""
+    directory = Path(tempfile.mkdtemp(prefix="st-"))
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def running_engine(*options: str) -> Iterator[EngineProcess]:
+    """An engine on a state directory of its own, which must leave no process behind."""
+    with own_state() as state:
+        engine = EngineProcess(state, options=options).start()
+        try:
+            yield engine
+        finally:
+            if engine.process is not None and engine.process.poll() is None:
+                engine.stop()
+            assert engine.containers() == []
+
+
+@pytest.fixture(scope="session")
+def engine(templates: Path) -> Iterator[EngineProcess]:
+    """The engine for tests that leave it as they found it."""
+    with running_engine() as engine:
+        yield engine
+
+
+@pytest.fixture
+def own_engine(templates: Path) -> Iterator[EngineProcess]:
+    """An engine for a test that kills it, or looks at all that it holds."""
+    with running_engine() as engine:
+        yield engine
+
+
+@pytest.fixture(autouse=True)
+def _no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reaches for a cloud because somebody's key is in the environment."""
+    for name in list(os.environ):
+        if name.startswith(("E2B_", "PPIO_", "UCLOUD_", "AGENTBOX_", "SANDBOX_TOOLS_API")):
+            monkeypatch.delenv(name)

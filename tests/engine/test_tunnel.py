@@ -1,0 +1,206 @@
+"""The tunnel: what one end writes the other reads, whatever pipes, checkpoints and deaths do in between."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sandbox_tools.engine.tunnel import Pipes, PortClosedError, Tunnel
+from sandbox_tools.guest import tunnel as guest
+from sandbox_tools.guest.mux import (
+    HELLO,
+    MAX_PAYLOAD,
+    RESYNC,
+    WINDOW,
+    BrokenFrameError,
+    FrameReader,
+    StreamResetError,
+    frame,
+)
+from tests.conftest import own_state
+
+frames = st.lists(st.tuples(st.integers(1, 7), st.integers(0, 2**32 - 1), st.binary(max_size=300)), max_size=12)
+
+
+@given(frames, st.data())
+def test_frames_come_out_as_they_went_in_however_they_were_cut(
+    sent: list[tuple[int, int, bytes]], data: st.DataObject
+) -> None:
+    raw = b"".join(frame(*each) for each in sent)
+    reader = FrameReader()
+    received = []
+    while raw:
+        cut = data.draw(st.integers(1, len(raw)))
+        received += reader.feed(raw[:cut])
+        raw = raw[cut:]
+
+    assert received == sent
+
+
+@given(st.integers(1, 7), st.binary(max_size=MAX_PAYLOAD), st.data())
+def test_a_frame_cut_anywhere_is_healed_by_the_resync(kind: int, payload: bytes, data: st.DataObject) -> None:
+    """An engine that dies in the middle of a frame must not leave its successor a deaf guest."""
+    torn = frame(kind, 7, payload)
+    torn = torn[: data.draw(st.integers(1, len(torn) - 1))]
+    reader = FrameReader()
+
+    received = reader.feed(torn + RESYNC + frame(HELLO, payload=b"n" * 16))
+
+    assert received[-1] == (HELLO, 0, b"n" * 16)
+    assert len(received) <= 2
+
+
+def test_bytes_that_no_peer_would_send_are_refused() -> None:
+    with pytest.raises(BrokenFrameError):
+        FrameReader().feed(b"\xff" * 9)
+
+
+@contextmanager
+def pipes() -> Iterator[Pipes]:
+    with own_state() as directory:
+        made = Pipes(Path(directory))
+        made.make()
+        yield made
+
+
+@asynccontextmanager
+async def guest_on(made: Pipes) -> AsyncIterator[None]:
+    with made.handed() as (stdin, stdout):
+        serving = asyncio.create_task(guest.serve(stdin, stdout))
+        try:
+            yield
+        finally:
+            serving.cancel()
+            await asyncio.gather(serving, return_exceptions=True)
+
+
+@asynccontextmanager
+async def echo_server() -> AsyncIterator[tuple[int, list[str]]]:
+    """Sends back what it gets until it gets the end; keeps how each connection ended."""
+    endings: list[str] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+                await writer.drain()
+            endings.append("end")
+        except ConnectionError:
+            endings.append("broken")
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        yield server.sockets[0].getsockname()[1], endings
+
+
+async def write_when_there_is_room(fd: int, data: bytes) -> None:
+    async with asyncio.timeout(10):
+        while True:
+            try:
+                assert os.write(fd, data) == len(data)
+            except BlockingIOError:
+                await asyncio.sleep(0)
+            else:
+                return
+
+
+async def test_much_goes_through_many_streams_at_once_unharmed() -> None:
+    with pipes() as made:
+        async with guest_on(made), echo_server() as (port, _):
+            tunnel = Tunnel(made)
+            await tunnel.attach()
+
+            async def echo(payload: bytes) -> bytes:
+                stream = await tunnel.open(port)
+                writing = asyncio.create_task(stream.write(payload))
+                received = b""
+                while len(received) < len(payload):
+                    received += await stream.read()
+                await writing
+                stream.write_eof()
+                assert await stream.read() == b""
+                return received
+
+            payloads = [secrets.token_bytes(3 * WINDOW + number) for number in range(8)]
+            assert await asyncio.gather(*map(echo, payloads)) == payloads
+            tunnel.detach("done")
+
+
+async def test_a_reader_that_stands_still_stops_its_own_writer_and_nobody_else() -> None:
+    with pipes() as made:
+        async with guest_on(made), echo_server() as (port, _):
+            tunnel = Tunnel(made)
+            await tunnel.attach()
+            slow, quick = await tunnel.open(port), await tunnel.open(port)
+            flood = asyncio.create_task(slow.write(b"x" * 64 * WINDOW))
+
+            await quick.write(b"here")
+            assert await quick.read() == b"here"
+
+            # Both directions' windows and the sockets' own buffers, not 16 MB.
+            assert not flood.done()
+            flood.cancel()
+            tunnel.detach("done")
+
+
+async def test_a_port_where_nobody_listens_is_said_to_be_closed() -> None:
+    with pipes() as made:
+        async with guest_on(made):
+            tunnel = Tunnel(made)
+            await tunnel.attach()
+            with pytest.raises(PortClosedError):
+                await tunnel.open(1)
+            tunnel.detach("done")
+
+
+async def test_a_client_that_goes_away_breaks_the_connection_inside() -> None:
+    with pipes() as made:
+        async with guest_on(made), echo_server() as (port, endings):
+            tunnel = Tunnel(made)
+            await tunnel.attach()
+            stream = await tunnel.open(port)
+            await stream.write(b"hello")
+            await stream.read()
+
+            stream.close()
+
+            async with asyncio.timeout(10):
+                while not endings:
+                    await asyncio.sleep(0)
+            assert endings == ["broken"]
+            tunnel.detach("done")
+
+
+async def test_a_second_engine_takes_the_guest_over_from_one_that_died_in_the_middle() -> None:
+    """Both directions hold torn frames and streams of the dead engine; the new one starts clean."""
+    with pipes() as made:
+        async with guest_on(made), echo_server() as (port, _):
+            first = Tunnel(made)
+            await first.attach()
+            stream = await first.open(port)
+            # Far more than anybody reads: answers are under way when the engine dies.
+            flood = asyncio.create_task(stream.write(b"x" * 8 * WINDOW))
+            await stream.read()
+
+            torn = os.open(made.stdin, os.O_RDWR | os.O_NONBLOCK)
+            first.detach("died")
+            with pytest.raises(StreamResetError):
+                await flood
+            await write_when_there_is_room(torn, frame(4, stream.number, b"y" * 1000)[:500])
+            os.close(torn)
+
+            second = Tunnel(made)
+            await second.attach()
+            stream = await second.open(port)
+            await stream.write(b"still there?")
+            assert await stream.read() == b"still there?"
+            second.detach("done")

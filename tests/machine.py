@@ -1,0 +1,171 @@
+"""A real engine as a process of its own, on a state directory of the test's."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from sandbox_tools.paths import socket_path
+
+# Long enough for the slowest machine to adopt or warm; nothing passes because of it.
+PATIENCE = 120.0
+
+
+class EngineProcess:
+    """`sandbox-tools serve` on a state directory; killed and started again at will."""
+
+    def __init__(self, state: Path, *, prefix: tuple[str, ...] = (), options: tuple[str, ...] = ()) -> None:
+        self.state = state
+        self.prefix = prefix
+        self.options = options
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self, **environment: str) -> EngineProcess:
+        """Start it and wait until it can create."""
+        self.spawn(**environment)
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            assert self.process is not None
+            if self.process.poll() is not None:
+                raise AssertionError(self.log())
+            with contextlib.suppress(httpx.TransportError), self.http() as http:
+                if http.get("/health").status_code == 200:
+                    return self
+            time.sleep(0.02)
+        raise AssertionError(self.log())
+
+    def spawn(self, **environment: str) -> None:
+        """Start it without waiting."""
+        command = [*self.prefix, sys.executable, "-m", "sandbox_tools", "serve", "--state-dir", str(self.state)]
+        self.state.mkdir(exist_ok=True)
+        with (self.state / "engine.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [*command, *self.options], stdout=log, stderr=log, env={**os.environ, **environment}
+            )
+
+    def log(self) -> str:
+        """What it has written."""
+        return (self.state / "engine.log").read_text(errors="replace")
+
+    def kill(self) -> None:
+        """As `kill -9` does: nothing of its own is run."""
+        self._end(signal.SIGKILL)
+
+    def stop(self) -> int:
+        """As an operator does; the exit code."""
+        return self._end(signal.SIGTERM)
+
+    def _end(self, how: signal.Signals) -> int:
+        assert self.process is not None
+        self.process.send_signal(how)
+        return self.process.wait(PATIENCE)
+
+    @property
+    def pid(self) -> int:
+        """Its process."""
+        assert self.process is not None
+        return self.process.pid
+
+    def http(self) -> httpx.Client:
+        """A plain HTTP client on its socket."""
+        transport = httpx.HTTPTransport(uds=str(socket_path(self.state)))
+        return httpx.Client(transport=transport, base_url="http://engine", timeout=PATIENCE)
+
+    def create(self, **body: Any) -> Box:
+        """A sandbox, by the wire."""
+        with self.http() as http:
+            answer = http.post("/sandboxes", json={"templateID": "base", "timeout": 600, **body})
+        assert answer.status_code == 201, answer.text
+        return Box(self, answer.json())
+
+    def containers(self) -> list[str]:
+        """The sandboxes of this engine whose processes live on this host, by container id."""
+        found = []
+        for process in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                argv = process.read_text(errors="replace").split("\0")
+                if f"--root={self.state / 'runsc'}" in argv and "boot" in argv:
+                    found.append(argv[-2])
+        return found
+
+
+class Box:
+    """One sandbox, driven over the wire."""
+
+    def __init__(self, engine: EngineProcess, grant: dict[str, Any]) -> None:
+        self.engine = engine
+        self.id: str = grant["sandboxID"]
+        self.token: str = grant["envdAccessToken"]
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What routes a request to the interpreter."""
+        return {"E2b-Sandbox-Id": self.id, "E2b-Sandbox-Port": "49999", "X-Access-Token": self.token}
+
+    def run(self, code: str) -> list[dict[str, Any]]:
+        """All events of one execution."""
+        with self.stream(code) as lines:
+            return list(lines)
+
+    @contextlib.contextmanager
+    def stream(self, code: str) -> Iterator[Iterator[dict[str, Any]]]:
+        """The events of one execution as they come; leaving early breaks the connection."""
+        body = {"code": code, "context_id": None, "language": None, "env_vars": None}
+        with self.engine.http() as http, http.stream("POST", "/execute", json=body, headers=self.headers) as answer:
+            assert answer.status_code == 200, answer.read()
+            yield (json.loads(line) for line in answer.iter_lines())
+
+    def value(self, code: str) -> str:
+        """The text of the last expression's value; the code must not raise."""
+        events = self.run(code)
+        assert not [event for event in events if event["type"] == "error"], events
+        return next(event["text"] for event in events if event["type"] == "result")
+
+    def post(self, verb: str, **body: Any) -> httpx.Response:
+        """One verb of the control plane."""
+        with self.engine.http() as http:
+            return http.post(f"/sandboxes/{self.id}/{verb}", json=body)
+
+    def info(self) -> dict[str, Any]:
+        """What info says."""
+        with self.engine.http() as http:
+            answer = http.get(f"/sandboxes/{self.id}")
+        assert answer.status_code == 200, answer.text
+        info: dict[str, Any] = answer.json()
+        return info
+
+    def kill(self) -> int:
+        """The status of its killing."""
+        with self.engine.http() as http:
+            return http.delete(f"/sandboxes/{self.id}").status_code
+
+    def wait_for(self, state: str) -> dict[str, Any]:
+        """Info, once the sandbox is in that state."""
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            if (info := self.info())["state"] == state:
+                return info
+            time.sleep(0.05)
+        raise AssertionError(info)
+
+    def wait_gone(self) -> str:
+        """The engine's words, once the sandbox is no more."""
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            with self.engine.http() as http:
+                answer = http.get(f"/sandboxes/{self.id}")
+            if answer.status_code == 404:
+                message: str = answer.json()["message"]
+                return message
+            time.sleep(0.05)
+        raise AssertionError(answer.text)
