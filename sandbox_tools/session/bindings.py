@@ -13,6 +13,7 @@ import asyncio
 import os
 import secrets
 import sqlite3
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
@@ -320,7 +321,7 @@ class SqliteBindings:
                 _make_private(Path(self.path))
             db = sqlite3.connect(self.path, isolation_level=None, timeout=30, check_same_thread=False)
             db.row_factory = sqlite3.Row
-            db.execute("PRAGMA journal_mode = WAL")
+            _use_wal(db)
             db.executescript(SCHEMA)
             self._opened = db
         return self._opened
@@ -340,6 +341,19 @@ def _make_private(path: Path) -> None:
     except OSError as error:
         msg = f"Cannot write the bindings to {str(path)!r}: {error.strerror}. Set `SANDBOX_TOOLS_STATE_DIR`."
         raise ConfigError(msg) from error
+
+
+def _use_wal(db: sqlite3.Connection) -> None:
+    # The only statement that SQLite's own timeout does not cover: two that open a new file at once collide here.
+    give_up = time.monotonic() + 30
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError:
+            if time.monotonic() > give_up:
+                raise
+            time.sleep(0.01)
 
 
 def _one(db: sqlite3.Connection, where: str, values: tuple[object, ...]) -> Binding | None:

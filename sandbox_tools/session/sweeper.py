@@ -7,6 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
+from sandbox_tools.errors import SandboxError
 from sandbox_tools.session.clock import Clock
 
 log = logging.getLogger("sandbox_tools.session")
@@ -53,8 +54,9 @@ class Sweeper:
         self._due.pop(handle, None)
         try:
             again = await self._settle(handle)
-        except Exception:
-            log.warning("could not pause %s; trying again in %g s", handle, RETRY, exc_info=True)
+        except Exception as error:
+            unexpected = not isinstance(error, SandboxError)
+            log.warning("could not pause %s, trying again in %g s: %s", handle, RETRY, error, exc_info=unexpected)
             again = self._clock.time() + RETRY
         if again is not None:
             self.schedule(handle, again)

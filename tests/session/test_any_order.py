@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from sandbox_tools.errors import RequestTimeoutError, SandboxError, ServerError
+from sandbox_tools.errors import RequestTimeoutError, SandboxError, SandboxExpiredError, ServerError
 from sandbox_tools.policy.pause import PauseAfter
 from sandbox_tools.session.bindings import SqliteBindings
 from sandbox_tools.session.sessions import Sessions
@@ -68,8 +68,12 @@ class AnyOrder(RuleBasedStateMachine):
     def tool_starts(self, process, thread):
         lease = self.session(process, thread).lease()
         try:
-            sandbox = self.runner.run(lease.__aenter__())
+            sandbox = self.runner.run(self.passing_time(lease.__aenter__()))
         except SandboxError:
+            return
+        if sandbox.id in self.lost:
+            error = SandboxExpiredError("gone since it was last seen")
+            self.runner.run(lease.__aexit__(type(error), error, None))
             return
         sandbox.remember("start")
         self.leases.append((process, lease, sandbox))
@@ -87,7 +91,7 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(process=processes, thread=threads)
     def somebody_asks_for_a_pause(self, process, thread):
         try:
-            self.runner.run(self.session(process, thread).pause())
+            self.runner.run(self.passing_time(self.session(process, thread).pause()))
         except SandboxError:
             pass
 
@@ -126,6 +130,15 @@ class AnyOrder(RuleBasedStateMachine):
             for sessions, _ in self.registries:
                 await sessions.sweep()
 
+    async def passing_time(self, work):
+        """Its outcome; whoever waits for what a dead process held waits on a clock that goes on."""
+        task = asyncio.ensure_future(work)
+        while not task.done():
+            await asyncio.wait([task], timeout=0.3)
+            if not task.done():
+                await self.pass_time(1)
+        return task.result()
+
     @rule(process=processes)
     def a_process_dies_and_another_comes(self, process):
         async def die():
@@ -135,6 +148,7 @@ class AnyOrder(RuleBasedStateMachine):
                 task.cancel()
             if tasks:
                 await asyncio.wait(tasks)
+            sessions._finished = True
             await bindings.aclose()
             self.registries[process] = await self.start()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import stat
 import subprocess
 import sys
@@ -146,3 +147,12 @@ async def test_a_place_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(ConfigError, match="SANDBOX_TOOLS_STATE_DIR"):
         await bindings.current("ann", "t", 0)
     await bindings.aclose()
+
+
+async def test_a_new_file_may_be_opened_by_many_at_once(tmp_path):
+    """SQLite does not wait for its lock when the journal mode changes, so we do."""
+    for number in range(20):
+        many = [SqliteBindings(tmp_path / f"{number}.db") for _ in range(8)]
+        found = await asyncio.gather(*(bindings.current("ann", "t", 0) for bindings in many))
+        assert len({binding.handle for binding in found}) == 1
+        await asyncio.gather(*(bindings.aclose() for bindings in many))
