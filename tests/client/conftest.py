@@ -33,6 +33,7 @@ class Server:
         self.executions: list[str] = []
         self.pausing_fails = False
         self.disconnected = threading.Event()
+        self.answered = threading.Event()
         self.asked: list[str] = []
         paths = {
             "/health": self.health,
@@ -148,6 +149,14 @@ class Server:
                 yield b"<html>\n"
 
         yield line(type="end_of_execution")
+        if verb == "linger":
+            try:
+                await asyncio.sleep(0.2)
+            except asyncio.CancelledError:
+                self.disconnected.set()
+                raise
+            finally:
+                self.answered.set()
 
     def grant(self, sandbox_id: str) -> dict[str, Any]:
         return {

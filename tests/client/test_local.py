@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import signal
 import sys
@@ -105,6 +106,20 @@ async def test_clients_that_start_at_once_end_up_at_one_engine(state: Path) -> N
         await asyncio.sleep(0.01)
 
     assert 1 == len(alive)
+    assert len(pids(state)) > 1
+
+
+async def test_an_engine_that_was_just_leaving_is_replaced(state: Path) -> None:
+    """It still holds the lock, so the new one gives way, but nobody comes up: there must be another attempt."""
+    with (state / "engine.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        ready = asyncio.create_task(engine(state, start_limit=10).ready())
+        deadline = time.monotonic() + 10
+        while not pids(state) or Path(f"/proc/{pids(state)[0]}").exists():
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.01)
+    await ready
+
     assert len(pids(state)) > 1
 
 

@@ -230,8 +230,28 @@ async def test_what_must_not_be_sent_twice_never_travels_on_a_used_connection(st
 
 async def test_many_executions_at_once_do_not_wait_for_each_others_connections(client: Client, server: Server) -> None:
     sandboxes = [await client.create() for _ in range(3)]
+    begun = asyncio.Semaphore(0)
+
+    def on_event(event: ExecutionEvent) -> None:
+        if isinstance(event, Stdout):
+            begun.release()
+
     async with asyncio.TaskGroup() as group:
-        hanging = [group.create_task(sandboxes[n % 3].run_code("hang", timeout=None)) for n in range(120)]
+        hanging = [
+            group.create_task(sandboxes[n % 3].run_code("hang", timeout=None, on_event=on_event)) for n in range(120)
+        ]
+        async with asyncio.timeout(20):
+            for _ in hanging:
+                await begun.acquire()
         assert "free" == (await sandboxes[0].run_code("print free", timeout=20)).stdout
         for task in hanging:
             task.cancel()
+
+
+async def test_an_answer_is_read_to_its_end_so_that_no_server_takes_it_for_an_interrupt(
+    sandbox: Sandbox, server: Server
+) -> None:
+    await sandbox.run_code("linger")
+
+    assert await asyncio.to_thread(server.answered.wait, 5)
+    assert not server.disconnected.is_set()
