@@ -181,7 +181,7 @@ class Transitions:
                 msg = f"The sandbox {handle!r} is being created or paused. Try again in a moment."
                 raise SandboxBusyError(msg, op="kill")
             # By the stamp, so that a sandbox whose create went unanswered ends as well.
-            doomed = {info.sandbox_id for info in await self._stamped(held)}
+            doomed = set() if held.state == "new" else {info.sandbox_id for info in await self._stamped(held)}
             if held.sandbox_id is not None:
                 doomed.add(held.sandbox_id)
             killed = [await self.client.kill(sandbox_id) for sandbox_id in doomed]
