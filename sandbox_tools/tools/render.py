@@ -30,7 +30,7 @@ from sandbox_tools.errors import (
     TransportError,
 )
 from sandbox_tools.models import Execution, Result
-from sandbox_tools.session.sessions import PausedSandbox
+from sandbox_tools.session.session import PausedSandbox
 
 TEXT_LIMIT = 20_000
 """Characters of one result, its beginning and its end together."""
