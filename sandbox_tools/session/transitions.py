@@ -250,7 +250,8 @@ class Transitions:
                 return None
             until = self.clock.time() + AWAKE
             if not await self.bindings.end_transition(held, state="running", sandbox_id=sandbox.id, awake_until=until):
-                # This process slept past its hold. Whoever holds now has adopted this sandbox by its stamp, or will.
+                # This process slept past its hold. Whoever held next has adopted this sandbox by its stamp, or, having
+                # looked too early, made another; this one then falls asleep by its timer, and `kill` finds it.
                 return None
             self._saw(held.handle, sandbox)
             return sandbox
