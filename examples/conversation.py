@@ -40,10 +40,19 @@ sales = pd.DataFrame({"city": ["Oslo", "Turku", "Oslo", "Bergen"], "sold": [3, 5
 sales.groupby("city").sold.sum()
 """
 
-START = """\
+COUNT = """\
+import os, time
+for n in range(10**9):
+    with open("new", "w") as file:
+        file.write(str(n))
+    os.replace("new", "count")
+    time.sleep(0.1)
+"""
+
+START = f"""\
 import subprocess, sys
-ticking = "import time\\nfor n in range(10**9):\\n    open('count', 'w').write(str(n))\\n    time.sleep(0.1)"
-worker = subprocess.Popen([sys.executable, "-c", ticking])
+open("count", "w").write("0")
+worker = subprocess.Popen([sys.executable, "-c", {COUNT!r}])
 open("notes.txt", "w").write("Oslo sells best.")
 print("background process", worker.pid)
 """
@@ -58,10 +67,8 @@ LOOK = """\
 import json
 
 def look():
-    while not (count := open("count").read()):  # caught between emptying and writing
-        pass
     print(json.dumps({"rows": len(sales), "notes": open("notes.txt").read(), "pid": worker.pid,
-                      "alive": worker.poll() is None, "count": int(count)}))
+                      "alive": worker.poll() is None, "count": int(open("count").read())}))
 
 look()
 """
@@ -225,7 +232,12 @@ def conclude(steps: list[dict[str, Any]]) -> int:
         table.add_row(str(made["turn"]), made["step"], f"{made['seconds']:.2f}", made["state"], *sizes)
     console.print(table)
 
-    before, after, again = (json.loads(made["text"]) for made in steps if '"count"' in made["text"])
+    looks = [json.loads(made["text"]) for made in steps if made["text"].startswith('{"rows"')]
+    if len(looks) != 3:
+        console.print("[red]A look into the sandbox failed; its answer is above.[/red]")
+        return 1
+
+    before, after, again = looks
     kept = all(before[key] == after[key] == again[key] for key in ("rows", "notes", "pid", "alive")) and before["alive"]
     # It counts ten times a second: awake all the while, it would have come this much further.
     slept = before["count"] <= after["count"] < before["count"] + AWAY * 10 and after["count"] <= again["count"]

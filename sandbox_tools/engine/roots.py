@@ -75,12 +75,12 @@ def build_root(templates_dir: Path, on_step: OnStep) -> Path:
         EngineError: A command failed, such as a download.
     """
     roots = templates_dir / "roots"
-    make_directory(roots)
     codename = _codename()
     finished = roots / _digest(codename)
     if finished.exists():
         return finished
 
+    make_directory(roots)
     with _locked(roots / ".lock", on_wait=lambda: on_step("Waiting for another process that builds it", 0.0)):
         if finished.exists():
             return finished
@@ -152,19 +152,8 @@ def _build(partial: Path, codename: str, on_step: OnStep) -> None:
 
     on_step("Compiling Python packages", 0.8)
     enter = [] if os.geteuid() == 0 else ["unshare", "--user", "--map-root-user"]
-    run(
-        [
-            *enter,
-            "chroot",
-            root,
-            "/usr/bin/python3",
-            "-I",
-            "-m",
-            "compileall",
-            "-q",
-            "/" + str(packages.relative_to(root)),
-        ]
-    )
+    inside = Path("/") / packages.relative_to(root)
+    run([*enter, "chroot", root, "/usr/bin/python3", "-I", "-m", "compileall", "-q", inside])
 
     on_step("Writing to disk", 0.95)
     run(["sync", "--file-system", root])
@@ -173,8 +162,13 @@ def _build(partial: Path, codename: str, on_step: OnStep) -> None:
 def _debian(partial: Path, codename: str) -> Path:
     sources = debian_sources(partial / "lists")
     suites = (codename, f"{codename}-updates", f"{codename}-security")
+    lines = [source.line() for source in sources if source.codename in suites]
+    if not lines:
+        msg = f"This machine is Debian {codename!r}, but its apt sources do not name it. Add it.\n{USE_A_CLOUD}"
+        raise ConfigError(msg, op="setup")
+
     source_list = partial / "sources.list"
-    source_list.write_text("".join(f"{source.line()}\n" for source in sources if source.codename in suites))
+    source_list.write_text("\n".join(lines))
     settings = run(["apt-config", "dump"]).splitlines()
     apt_conf = partial / "apt.conf"
     apt_conf.write_text("".join(f"{line}\n" for line in settings if CARRIED_OVER.match(line)))

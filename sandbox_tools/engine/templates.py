@@ -29,6 +29,9 @@ DEFAULT_MEMORY_MB = 2048
 # Raised whenever what an image holds changes in a way that its ingredients do not show.
 _RECIPE = "1"
 
+# A cold boot with a kernel takes 2 s where nothing else runs.
+_BOOT_SECONDS = 180.0
+
 OnStep = Callable[[str, float], None]
 """Told what is being done, and how much of the whole is done, from 0 to 1."""
 
@@ -135,7 +138,7 @@ async def _warm(templates: Path, directory: Path, facts: dict[str, object]) -> N
         tunnel.open_pipes()
         await runtime.create(container)
         try:
-            await tunnel.attach()
+            await tunnel.attach(_BOOT_SECONDS)
         except EngineError as error:
             log = (work / "guest.log").read_text(errors="replace")[-2000:]
             msg = f"The template's guest did not come up. Its last words: {log or 'none'}"

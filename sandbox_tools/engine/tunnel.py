@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 # Bytes a pipe holds: larger saves wake-ups, and an ordinary user may own 64 MiB of pipes in all (pipe(7)).
 _PIPE_SIZE = 1 << 18
 
-# A live guest answers within milliseconds; on a loaded machine a restore may still be paging in.
-_ATTACH_SECONDS = 30.0
+ATTACH_SECONDS = 30.0
+"""How long a guest may take to answer: milliseconds, unless a loaded machine is still paging it in."""
 
 
 class PortClosedError(ConnectionError):
@@ -77,18 +77,24 @@ class Tunnel:
             with contextlib.suppress(OSError):  # refused past the user's share; the default size works, slower
                 fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
 
-    async def attach(self) -> None:
+    async def attach(self, seconds: float = ATTACH_SECONDS) -> None:
         """Agree with the guest on a fresh epoch; streams can be opened afterwards.
 
         Raises:
-            EngineError: The guest did not answer.
+            EngineError: The guest did not answer within `seconds`.
         """
         if not self._fds:
             self.open_pipes()
 
         nonce = secrets.token_bytes(NONCE_BYTES)
-        await self._write_all(RESYNC + frame(HELLO, payload=nonce))
-        rest = await self._read_past(frame(HELLO, payload=nonce))
+        try:
+            async with asyncio.timeout(seconds):
+                await self._write_all(RESYNC + frame(HELLO, payload=nonce))
+                rest = await self._read_past(frame(HELLO, payload=nonce))
+        except TimeoutError:
+            msg = f"The guest did not answer within {seconds:.0f} s. Try again, or kill the sandbox if it stays silent."
+            raise EngineError(msg, op="attach") from None
+
         self._mux = Mux(self._fds[1], self._fds[0])
         self._mux.feed(rest)
         self._mux.start()
@@ -126,36 +132,22 @@ class Tunnel:
         return stream
 
     async def _write_all(self, data: bytes) -> None:
-        async with self._deadline("take the greeting"):
-            while data:
-                try:
-                    data = data[os.write(self._fds[0], data) :]
-                except BlockingIOError:
-                    await self._ready(self._fds[0], writing=True)
+        while data:
+            try:
+                data = data[os.write(self._fds[0], data) :]
+            except BlockingIOError:
+                await self._ready(self._fds[0], writing=True)
 
     async def _read_past(self, mark: bytes) -> bytes:
         """Drop everything up to and including `mark`, which may come in pieces; return what follows it."""
         seen = b""
-        async with self._deadline("answer the greeting"):
-            while (at := seen.find(mark)) < 0:
-                seen = seen[-len(mark) :]
-                try:
-                    seen += os.read(self._fds[1], _PIPE_SIZE)
-                except BlockingIOError:
-                    await self._ready(self._fds[1], writing=False)
+        while (at := seen.find(mark)) < 0:
+            seen = seen[-len(mark) :]
+            try:
+                seen += os.read(self._fds[1], _PIPE_SIZE)
+            except BlockingIOError:
+                await self._ready(self._fds[1], writing=False)
         return seen[at + len(mark) :]
-
-    @contextlib.asynccontextmanager
-    async def _deadline(self, what: str) -> Any:
-        try:
-            async with asyncio.timeout(_ATTACH_SECONDS):
-                yield
-        except TimeoutError:
-            msg = (
-                f"The guest did not {what} within {_ATTACH_SECONDS:.0f} s. "
-                "Its log is in the engine's state directory; kill the sandbox if it stays silent."
-            )
-            raise EngineError(msg, op="attach") from None
 
     async def _ready(self, fd: int, *, writing: bool) -> None:
         loop = asyncio.get_running_loop()

@@ -10,55 +10,58 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+import zmq
 from ipykernel.iostream import OutStream
 from IPython.core.getipython import get_ipython
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
-PIECE = 1 << 20
-"""Characters of output that are held, or sent in one message, at most."""
-
-QUEUED = 16
-"""Messages that wait in the kernel's socket at most."""
+PIECE = 64 * 1024
+"""Characters of output that are held back, and that one message has at most: a thousand messages may wait."""
 
 _lent: dict[str, str | None] = {}
 
 
 class PacedStream(OutStream):  # type: ignore[misc]  # ipykernel is not typed
-    """Standard output that waits for its reader: code that prints without end slows down instead of filling memory."""
+    """Standard output that waits for its reader: code that prints without end slows down instead of filling memory.
+
+    What it overrides lies below `write`, because IPython puts a `write` of its own on the instance for each cell.
+    """
 
     flush_timeout = 3600  # seconds to wait for a slow reader; an interrupt ends it at once
-    held = 0
 
-    def write(self, string: str) -> int:
-        """Writes in pieces, and waits for each full one to be sent."""
-        if not isinstance(string, str) or len(string) <= PIECE:
-            return self._paced(string)
-
-        return sum(self._paced(string[start : start + PIECE]) for start in range(0, len(string), PIECE))
-
-    def _paced(self, string: str) -> int:
-        written: int = super().write(string)
-        self.held += written
-        if self.held >= PIECE:
-            self.held = 0
+    def _schedule_flush(self) -> None:
+        super()._schedule_flush()
+        with self._buffer_lock:
+            held = sum(buffer.tell() for buffer in self._buffers.values())
+        if held >= PIECE:
             self.flush()
 
-        return written
+    def _flush_buffers(self) -> Iterator[tuple[Any, str]]:
+        for parent, text in super()._flush_buffers():
+            for start in range(0, len(text), PIECE):
+                yield parent, text[start : start + PIECE]
 
 
-def pace_output() -> None:
-    """Makes the kernel's output wait for the guest; ZeroMQ's own way would be to drop what is too much."""
-    thread: Any = get_ipython().kernel.iopub_thread  # type: ignore[union-attr]
+class Forgetful(dict[int, list[Any]]):
+    """Takes the place of IPython's record of every cell's output, which would grow for as long as the kernel lives."""
 
-    def configure() -> None:
-        thread.socket.xpub_nodrop = True
-        thread.socket.sndhwm = QUEUED
+    def __missing__(self, cell: int) -> list[Any]:
+        """A list that nobody keeps."""
+        return []
 
-    thread.schedule(configure)  # a socket belongs to its thread
+
+def tame_output() -> None:
+    """Makes output wait for the guest, where ZeroMQ would drop what is too much, and forgets it once it is sent."""
+    shell: Any = get_ipython()
+    shell.history_manager.outputs = Forgetful()
     for stream in (sys.stdout, sys.stderr):
         stream.__class__ = PacedStream
+
+    thread = shell.kernel.iopub_thread
+    # A socket belongs to its thread. Its queue keeps its length: to shorten it under way can block it for good.
+    thread.schedule(lambda: thread.socket.setsockopt(zmq.XPUB_NODROP, 1))
 
 
 def update_env(changed: Mapping[str, str], gone: Iterable[str]) -> None:

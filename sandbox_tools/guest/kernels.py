@@ -7,9 +7,9 @@ import contextlib
 import logging
 import os
 import resource
+import secrets
 import signal
 import subprocess
-import uuid
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ START_TICKS = 480
 """How long a kernel may take to answer for the first time."""
 
 QUEUED = 16
-"""Messages that wait in the guest's socket at most; more than that wait in the kernel, and nothing is dropped."""
+"""Messages that wait in the guest's socket at most; up to ZeroMQ's thousand more wait in the kernel."""
 
 STDERR_TAIL = 4096  # bytes
 
@@ -48,7 +48,7 @@ def _load(source, file):
     import sys, types
     module = sys.modules["_sandbox"] = types.ModuleType("_sandbox")
     exec(compile(source, file, "exec"), module.__dict__)
-    module.pace_output()
+    module.tame_output()
 _load({source!r}, {file!r})
 del _load
 """
@@ -102,7 +102,10 @@ class Launch:
     cwd: Path
     """Where a context begins that names no directory."""
     memory_limit: int | None = None
-    """Bytes of address space of a kernel. None: no limit."""
+    """Bytes of address space of a kernel. None: no limit.
+
+    With a limit the allocator is told to keep few arenas: each thread's own would reserve 64 MiB that it never fills.
+    """
 
 
 class Kernel:
@@ -128,7 +131,7 @@ class Kernel:
         sockets: Any = zmq.asyncio.Context.instance()
         sockets.rcvhwm = QUEUED
         manager: Any = AsyncKernelManager(
-            transport="ipc", context=sockets, connection_file=str(launch.directory / f"{uuid.uuid4().hex}.json")
+            transport="ipc", context=sockets, connection_file=str(launch.directory / f"{secrets.token_hex(4)}.json")
         )
         # Whoever can reach the sockets can read the key as well, so that signing would only cost time.
         manager.session.key = b""
@@ -148,7 +151,7 @@ class Kernel:
                 stdout=subprocess.DEVNULL,
                 stderr=writing,
                 cwd=str(cwd),
-                env={**account.environment(), **env},
+                env={**account.environment(), **({"MALLOC_ARENA_MAX": "2"} if limit else {}), **env},
                 preexec_fn=partial(_limit_memory, limit) if limit else None,
                 **switch,
                 **({"extra_groups": []} if switch else {}),
@@ -160,11 +163,13 @@ class Kernel:
         finally:
             os.close(writing)
 
-        kernel = cls(manager, manager.client(), manager.provisioner.process, reading)
+        kernel = cls(manager, manager.client(context=sockets), manager.provisioner.process, reading)
         asyncio.get_running_loop().add_reader(reading, kernel._read_stderr)
         try:
             await kernel._become_ready()
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, KernelDiedError):
+                logger.error("A kernel did not come up: %s", kernel._tail.decode(errors="replace"))
             await kernel.stop()
             raise
 
@@ -275,10 +280,9 @@ class Kernel:
         self._client.start_channels(stdin=False, hb=False, control=False)
         for _ in range(START_TICKS):
             if self.exit_code is not None:
-                logger.error("A kernel died at its start: %s", self._tail.decode(errors="replace"))
                 raise self.died
 
-            # Until its subscription has arrived, messages pass the guest by: ask until one comes through.
+            # Until the kernel knows of the subscription, messages pass the guest by: ask until one comes through.
             asked = self._client.kernel_info()
             with contextlib.suppress(Empty):
                 while (await self._client.get_iopub_msg(TICK))["parent_header"].get("msg_id") != asked:

@@ -147,7 +147,8 @@ def _parse() -> argparse.Namespace:
 
 
 def _listen(port: int) -> socket.socket:
-    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    # The protocol is named because asyncio switches off the delay of small packets only where it reads TCP.
+    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listening.bind(("127.0.0.1", port))
     return listening
@@ -157,7 +158,11 @@ def _account() -> Account:
     if os.geteuid() == 0:
         with contextlib.suppress(KeyError):
             user = pwd.getpwnam(USER)
-            return Account(name=USER, home=Path(user.pw_dir), uid=user.pw_uid, gid=user.pw_gid)
+            account = Account(name=USER, home=Path(user.pw_dir), uid=user.pw_uid, gid=user.pw_gid)
+            # A root file system that an ordinary user unpacked belongs to root throughout.
+            for path in (account.home, *account.home.rglob("*")):
+                account.own(path)
+            return account
 
     me = pwd.getpwuid(os.geteuid())
     return Account(name=me.pw_name, home=Path(me.pw_dir))

@@ -20,6 +20,7 @@ from sandbox_tools.errors import (
     SandboxError,
     SandboxExpiredError,
     SandboxStateError,
+    ServerError,
     TransportError,
 )
 from sandbox_tools.models import Ended, ExecutionEvent, Started, Stdout
@@ -169,6 +170,7 @@ async def test_arguments_that_cannot_work_are_refused_before_anything_runs(
         (httpx.WriteError("cut"), 1, TransportError),
         (httpx.RemoteProtocolError("disconnected"), 1, TransportError),
         (httpx.Response(409, json={"code": 409, "message": "transitioning"}), 1, SandboxBusyError),
+        (httpx.Response(500, text="no kernel"), 1, ServerError),
         (httpx.Response(404, text="no such page"), 1, ProtocolError),
         (httpx.Response(502, json={"code": 502, "message": "The sandbox was not found"}), 1, TransportError),
     ],

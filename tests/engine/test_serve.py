@@ -66,7 +66,7 @@ def test_a_port_that_is_taken_is_said(templates: Path) -> None:
 
 @pytest.mark.parametrize(
     ("script", "expected"),
-    [(None, "not"), ("#!/bin/sh\necho 'runsc version 0.0~20221219.0'\n", "20221219")],
+    [(None, "runsc-of-the-test"), ("#!/bin/sh\necho 'runsc version 0.0~20221219.0'\n", "20221219")],
     ids=["missing", "too old"],
 )
 def test_without_a_usable_runsc_it_says_what_to_install_and_what_to_use_instead(

@@ -13,7 +13,7 @@ import pytest
 
 from sandbox_tools.engine.apt import debian_sources, run
 from sandbox_tools.engine.roots import build_root, find_root, remove_tree
-from sandbox_tools.errors import EngineError
+from sandbox_tools.errors import ConfigError, EngineError
 
 pytestmark = pytest.mark.skipif(not shutil.which("apt-get"), reason="this machine has no apt to build from")
 
@@ -117,6 +117,15 @@ def test_a_build_that_fails_says_why_and_leaves_nothing(tmp_path: Path, monkeypa
         build(tmp_path / "templates")
 
     assert [path.name for path in (tmp_path / "templates/roots").iterdir()] == [".lock"]
+
+
+def test_a_release_that_the_sources_do_not_name_is_said_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.freedesktop_os_release", lambda: {"ID": "debian", "VERSION_CODENAME": "nosuch"})
+
+    with pytest.raises(ConfigError, match="nosuch"):
+        build(tmp_path)
 
 
 def test_another_architecture_has_a_root_of_its_own(
