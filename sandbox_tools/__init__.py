@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from sandbox_tools.errors import SandboxError
     from sandbox_tools.models import Execution, SandboxInfo
     from sandbox_tools.policy.pause import Never, PauseAfter
-    from sandbox_tools.session.sessions import PausedSandbox, Session, Sessions
+    from sandbox_tools.session.session import PausedSandbox, Session
+    from sandbox_tools.session.sessions import Sessions
     from sandbox_tools.tools.langchain import SandboxCallback, SandboxToolkit
 
 __all__ = [
@@ -33,7 +34,8 @@ _HOMES = {
     "errors": ("SandboxError",),
     "models": ("Execution", "SandboxInfo"),
     "policy.pause": ("Never", "PauseAfter"),
-    "session.sessions": ("PausedSandbox", "Session", "Sessions"),
+    "session.session": ("PausedSandbox", "Session"),
+    "session.sessions": ("Sessions",),
     "tools.langchain": ("SandboxCallback", "SandboxToolkit"),
 }
 

@@ -181,7 +181,7 @@ class Transitions:
                 msg = f"The sandbox {handle!r} is being created or paused. Try again in a moment."
                 raise SandboxBusyError(msg, op="kill")
             # By the stamp, so that a sandbox whose create went unanswered ends as well.
-            doomed = {info.sandbox_id for info in await self._stamped(held)}
+            doomed = set() if held.state == "new" else {info.sandbox_id for info in await self._stamped(held)}
             if held.sandbox_id is not None:
                 doomed.add(held.sandbox_id)
             killed = [await self.client.kill(sandbox_id) for sandbox_id in doomed]
@@ -250,7 +250,8 @@ class Transitions:
                 return None
             until = self.clock.time() + AWAKE
             if not await self.bindings.end_transition(held, state="running", sandbox_id=sandbox.id, awake_until=until):
-                # This process slept past its hold. Whoever holds now has adopted this sandbox by its stamp, or will.
+                # This process slept past its hold. Whoever held next has adopted this sandbox by its stamp, or, having
+                # looked too early, made another; this one then falls asleep by its timer, and `kill` finds it.
                 return None
             self._saw(held.handle, sandbox)
             return sandbox

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sandbox_tools.errors import ExecutionTimeoutError, SandboxError
 from sandbox_tools.models import ExecutionEvent, Stderr, Stdout
-from sandbox_tools.session.sessions import Session
+from sandbox_tools.session.session import Session
 from sandbox_tools.tools.render import STATE_LOST, Rendered, capped, render, render_error, render_paused, render_timeout
 
 Emit = Callable[[dict[str, Any]], Awaitable[None]]

@@ -11,7 +11,8 @@ from langchain_core.tools import BaseTool, BaseToolkit, StructuredTool, ToolExce
 from pydantic import ConfigDict, ValidationError
 
 from sandbox_tools.errors import ConfigError
-from sandbox_tools.session.sessions import Session, Sessions
+from sandbox_tools.session.session import Session
+from sandbox_tools.session.sessions import Sessions
 from sandbox_tools.tools import portal
 from sandbox_tools.tools.catalog import CATALOG, Tool
 from sandbox_tools.tools.render import Rendered, RetryableByModel

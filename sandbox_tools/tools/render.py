@@ -30,7 +30,7 @@ from sandbox_tools.errors import (
     TransportError,
 )
 from sandbox_tools.models import Execution, Result
-from sandbox_tools.session.sessions import PausedSandbox
+from sandbox_tools.session.session import PausedSandbox
 
 TEXT_LIMIT = 20_000
 """Characters of one result, its beginning and its end together."""
@@ -192,6 +192,7 @@ def _result(result: Result, *, room: bool) -> tuple[dict[str, Any] | None, list[
 
     data, mime_type = (result.png, "image/png") if result.png else (result.jpeg, "image/jpeg")
     if data:
+        data = "".join(data.split())
         facts = _facts(data, mime_type)
         if facts is None:
             return None, [], "[An image could not be read and is not shown.]"
@@ -200,7 +201,7 @@ def _result(result: Result, *, room: bool) -> tuple[dict[str, Any] | None, list[
         if len(data) > IMAGE_LIMIT:
             size = f"{facts['bytes'] / 1e6:.1f} MB"
             return None, [facts], f"[An image of {size} was too large to show. Draw it smaller or with a lower dpi.]"
-        return dict(create_image_block(base64="".join(data.split()), mime_type=mime_type)), [facts], ""
+        return dict(create_image_block(base64=data, mime_type=mime_type)), [facts], ""
 
     text = result.text or result.markdown or result.latex or ""
     # A value such as a data frame reads well as text; an object whose text is only its name does not.
@@ -215,7 +216,7 @@ def _result(result: Result, *, room: bool) -> tuple[dict[str, Any] | None, list[
 
 def _facts(data: str, mime_type: str) -> dict[str, Any] | None:
     try:
-        raw = base64.b64decode(data)
+        raw = base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError):
         return None
     return {"mime_type": mime_type, "bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}

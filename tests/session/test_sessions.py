@@ -228,6 +228,20 @@ async def test_a_caller_cancelled_during_create_leaves_one_sandbox_that_the_next
     assert states(provider) == ["paused"]
 
 
+async def test_a_create_whose_caller_was_cancelled_is_finished_and_its_sandbox_put_to_sleep(process, provider):
+    """Nothing is left running that nobody will ever ask for again."""
+    sessions = process()
+    reached, gate = provider.gate("create")
+    task = asyncio.create_task(use(sessions.session("t")))
+    await reached.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    gate.set()
+    await sessions.aclose()
+    assert states(provider) == ["paused"]
+
+
 async def test_a_process_killed_during_create_leaves_a_sandbox_that_the_next_one_adopts(process, provider, clock):
     dead, alive = process(), process()
     reached, _gate = provider.gate("create")

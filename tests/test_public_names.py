@@ -1,0 +1,24 @@
+"""What is public is a short list, and asking for it costs nothing that is not asked for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import sandbox_tools
+
+
+def test_every_public_name_is_there_and_the_list_is_sorted():
+    assert sandbox_tools.__all__ == sorted(sandbox_tools.__all__)
+    assert all(getattr(sandbox_tools, name).__name__ == name for name in sandbox_tools.__all__)
+
+
+def test_importing_the_package_imports_neither_langchain_nor_the_engine():
+    heavy = "('langchain', 'starlette', 'httpx')"
+    code = f"import sandbox_tools, sys; print([name for name in sys.modules if name.startswith({heavy})])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "[]\n"
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    assert not hasattr(sandbox_tools, "NoSuchName")
