@@ -84,7 +84,8 @@ class Bare:
             headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}
             url = f"http://sandbox:{INTERPRETER_PORT}/execute"
             answer = await pool.request("POST", url, headers=headers, content=body)
-        assert answer.status == 200 and b'"error"' not in answer.content, answer.content
+        assert answer.status == 200, answer.content
+        assert b'"error"' not in answer.content, answer.content
 
     async def end(self) -> None:
         self.tunnel.detach("done")
@@ -167,7 +168,8 @@ async def measure(rounds: int, console: Console) -> dict[str, Samples]:
                         progress.advance(task)
                     results[kind] = sides
         finally:
-            subprocess.run(["pkill", "-TERM", "-f", f"sandbox_tools serve.*{work}"], check=False)
+            end_engine = ["pkill", "-TERM", "-f", f"sandbox_tools serve.*{work}"]
+            await asyncio.to_thread(subprocess.run, end_engine, check=False)
             shutil.rmtree(work, ignore_errors=True)
     return results
 

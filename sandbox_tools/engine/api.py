@@ -92,7 +92,7 @@ def application(engine: Engine, *, api_key: str | None, on_request: Callable[[],
             try:
                 gateway = Gateway(engine.supervisor)
             except CapacityError as error:
-                await _error(503, error.message)(scope, receive, send)
+                await _error(503, error.message, _error_code(error))(scope, receive, send)
                 return
             await gateway(address, scope, receive, send)
         elif api_key and scope["path"] != "/health" and not _same(headers.get("x-api-key", ""), api_key):
@@ -224,13 +224,18 @@ def _error(status: int, message: str, error_code: str | None = None) -> Response
     return _json(ErrorBody(code=status, message=message, error_code=error_code), status)
 
 
+def _error_code(error: SandboxError) -> str | None:
+    # Clients repeat a create only where this slug says that nothing was started.
+    return "sandbox_capacity_unavailable" if isinstance(error, CapacityError) else None
+
+
 def _same(given: str, expected: str) -> bool:
     return hmac.compare_digest(given.encode(), expected.encode())
 
 
 async def _failed(_request: Request, error: Exception) -> Response:
     assert isinstance(error, SandboxError)
-    return _error(status_of(type(error)), error.message)
+    return _error(status_of(type(error)), error.message, _error_code(error))
 
 
 async def _no_route(request: Request, error: Exception) -> Response:

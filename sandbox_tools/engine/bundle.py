@@ -32,6 +32,7 @@ _GUEST = [
     "sandbox_tools.guest.main",
     "--tunnel",
     "--limit-memory",
+    "--warm-up",
 ]
 
 

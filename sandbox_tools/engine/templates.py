@@ -17,7 +17,7 @@ from pathlib import Path
 import sandbox_tools.guest
 from sandbox_tools.engine import snapshots
 from sandbox_tools.engine.bundle import bundle_config, write_bundle
-from sandbox_tools.engine.install import check_machine, find_runsc
+from sandbox_tools.engine.install import check_machine, install_runsc
 from sandbox_tools.engine.roots import build_root
 from sandbox_tools.engine.runsc import Runsc
 from sandbox_tools.engine.runtime import Container
@@ -83,13 +83,13 @@ async def prepare(
     """The default template, made where it is missing: minutes the first time, milliseconds afterwards.
 
     Raises:
-        ConfigError: `runsc` or what makes the root is missing; the message says what to install.
+        ConfigError: `runsc`, or what makes the root, is missing and can't be had; the message says what to install.
         EngineError: A step failed.
     """
     for name in ("images", "guests", "runsc"):
         (templates / name).mkdir(parents=True, exist_ok=True)
     await asyncio.to_thread(check_machine)
-    found = await asyncio.to_thread(find_runsc, state)
+    found = await asyncio.to_thread(install_runsc, state)
     root = await asyncio.to_thread(build_root, templates, on_step)
     runsc = await asyncio.to_thread(_pin, found.path, templates / "runsc")
     guest = await asyncio.to_thread(_install_guest, templates / "guests")

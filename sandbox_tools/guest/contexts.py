@@ -73,6 +73,12 @@ class Context:
         context._leave()
         return context
 
+    async def warm_up(self) -> None:
+        """Imports what most code imports. Raises as `open` does."""
+        async with self._occupied():
+            await self._kernel.warm_up()
+            await self._kernel.limit_memory(self._launch.memory_limit)
+
     def describe(self) -> dict[str, str]:
         """The context as the wire shows it."""
         return {"id": self.id, "language": self.language, "cwd": str(self.cwd)}
@@ -306,6 +312,8 @@ class Contexts:
         async with self._making_default:
             if self._default is None:
                 self._default = await self.create()
+                if self._launch.warm_up:
+                    await self._default.warm_up()
             return self._default
 
     def get(self, context_id: str) -> Context | None:

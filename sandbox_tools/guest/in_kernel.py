@@ -6,7 +6,9 @@ the guest's own files, and no path of the guest is put before the user's.
 
 from __future__ import annotations
 
+import io
 import os
+import resource
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +63,32 @@ def tame_output() -> None:
 
     thread = shell.kernel.iopub_thread
     # A socket belongs to its thread. Its queue keeps its length: to shorten it under way can block it for good.
-    thread.schedule(lambda: thread.socket.setsockopt(zmq.XPUB_NODROP, 1))
+    thread.schedule(lambda: thread.socket.setsockopt(zmq.SocketOption.XPUB_NODROP, 1))
+
+
+def limit_memory(fillable: int) -> None:
+    """Lets this process fill so many bytes: past that the code gets a `MemoryError`, and the sandbox lives.
+
+    What is mapped and not filled does not count, and libraries map a multiple of what they fill. Only the soft limit
+    is set: a program that reserves address space, as Node does, may raise it again.
+    """
+    with open("/proc/self/statm", encoding="ascii") as file:
+        mapped, filled = (int(pages) * resource.getpagesize() for pages in file.read().split()[:2])
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (fillable + mapped - filled, hard))
+
+
+def warm_up() -> None:
+    """Imports what most code imports, and lets it fill its caches, so that every sandbox of the template has that."""
+    import matplotlib.pyplot as plt
+    import pandas
+
+    pandas.DataFrame({"a": [1]})._repr_html_()
+    figure = plt.figure()
+    figure.gca().plot([0, 1], label="a")
+    figure.legend()
+    figure.savefig(io.BytesIO(), format="png")
+    plt.close(figure)
 
 
 def update_env(changed: Mapping[str, str], gone: Iterable[str]) -> None:

@@ -6,12 +6,10 @@ import asyncio
 import contextlib
 import logging
 import os
-import resource
 import secrets
 import signal
 import subprocess
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from queue import Empty
 from typing import TYPE_CHECKING, Any, Self
@@ -102,10 +100,9 @@ class Launch:
     cwd: Path
     """Where a context begins that names no directory."""
     memory_limit: int | None = None
-    """Bytes of address space of a kernel. None: no limit.
-
-    With a limit the allocator is told to keep few arenas: each thread's own would reserve 64 MiB that it never fills.
-    """
+    """Bytes that a kernel may fill. None: no limit."""
+    warm_up: bool = False
+    """Whether the default context begins with what most code imports."""
 
 
 class Kernel:
@@ -152,7 +149,6 @@ class Kernel:
                 stderr=writing,
                 cwd=str(cwd),
                 env={**account.environment(), **({"MALLOC_ARENA_MAX": "2"} if limit else {}), **env},
-                preexec_fn=partial(_limit_memory, limit) if limit else None,
                 **switch,
                 **({"extra_groups": []} if switch else {}),
             )
@@ -167,6 +163,7 @@ class Kernel:
         asyncio.get_running_loop().add_reader(reading, kernel._read_stderr)
         try:
             await kernel._become_ready()
+            await kernel.limit_memory(limit)
         except BaseException as error:
             if isinstance(error, KernelDiedError):
                 logger.error("A kernel did not come up: %s", kernel._tail.decode(errors="replace"))
@@ -276,6 +273,15 @@ class Kernel:
             else:
                 self._process.send_signal(number)
 
+    async def limit_memory(self, limit: int | None) -> None:
+        """Sets what the kernel may fill, in bytes, by what it has mapped now; None leaves it without a limit."""
+        if limit is not None:
+            await self._arrange(f"__import__('_sandbox').limit_memory({limit})")
+
+    async def warm_up(self) -> None:
+        """Imports what most code imports."""
+        await self._arrange("__import__('_sandbox').warm_up()")
+
     async def _become_ready(self) -> None:
         self._client.start_channels(stdin=False, hb=False, control=False)
         for _ in range(START_TICKS):
@@ -293,7 +299,10 @@ class Kernel:
             raise KernelDiedError(msg)
 
         source = IN_KERNEL.read_text(encoding="utf-8")
-        reply = await self.request(LOAD.format(source=source, file=str(IN_KERNEL)), silent=True)
+        await self._arrange(LOAD.format(source=source, file=str(IN_KERNEL)))
+
+    async def _arrange(self, code: str) -> None:
+        reply = await self.request(code, silent=True)
         if reply["status"] != "ok":
             msg = f"its preparation failed: {reply.get('ename')}: {reply.get('evalue')}"
             raise KernelDiedError(msg)
@@ -316,8 +325,3 @@ class Kernel:
             if not data:
                 asyncio.get_running_loop().remove_reader(self._stderr)
             self._tail = (self._tail + data)[-STDERR_TAIL:]
-
-
-def _limit_memory(limit: int) -> None:
-    # The soft limit only: a program that reserves address space it never fills, as Node does, may raise it again.
-    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))

@@ -86,6 +86,7 @@ async def _serve(arguments: argparse.Namespace, tunnel: tuple[int, int] | None) 
             directory=Path(path),
             cwd=arguments.cwd or (Path.cwd() if account.uid is None else account.home),
             memory_limit=_memory_limit() if arguments.limit_memory else None,
+            warm_up=arguments.warm_up,
         )
         account.own(launch.directory)
         app = interpreter.create_app(Contexts(launch, settings))
@@ -139,6 +140,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python3 -m sandbox_tools.guest.main", description=__doc__)
     parser.add_argument("--tunnel", action="store_true", help="serve an engine over standard input and output")
     parser.add_argument("--limit-memory", action="store_true", help="keep each kernel below the machine's memory")
+    parser.add_argument("--warm-up", action="store_true", help="begin with what most code imports")
     parser.add_argument("--envd-port", type=int, default=ENVD_PORT)
     parser.add_argument("--interpreter-port", type=int, default=INTERPRETER_PORT)
     parser.add_argument("--cwd", type=Path, help="where contexts begin (default: the user's home)")
