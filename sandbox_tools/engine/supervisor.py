@@ -29,6 +29,8 @@ TEMPLATE_NAMES = frozenset({"base", DEFAULT_TEMPLATE})
 # After a pause at the deadline failed (a full disk, say) the sandbox runs on, and the pause is tried again.
 _RETRY = timedelta(seconds=30)
 
+_LOOK = 60.0  # seconds
+
 # How many sandboxes that ended are remembered with the reason why.
 _REMEMBERED = 1000
 
@@ -159,7 +161,8 @@ class Supervisor:
         """Take over what an earlier engine left: adopt what runs, keep what is paused, remove what is neither."""
         await self._runtime.settle()
         for directory in (self._lifecycle.sandboxes, self._lifecycle.snapshots):
-            directory.mkdir(parents=True, exist_ok=True)
+            # What sandboxes hold in memory lies here: it is their owner's only.
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         for directory in self._lifecycle.sandboxes.iterdir():
             record = Record.load(directory)
             if record is not None:
@@ -329,8 +332,10 @@ class Supervisor:
                     entry.record = entry.record.model_copy(update={"end_at": now + _RETRY})
                     self._spawn(self._expire(entry, entry.record.end_at))
             nearest = min((entry.record.end_at for entry in running), default=None)
+            # Looked at once a minute at least: the loop's clock stands still while the machine is suspended.
+            wait = None if nearest is None else min(_LOOK, (nearest - now).total_seconds())
             try:
-                async with asyncio.timeout(None if nearest is None else (nearest - now).total_seconds()):
+                async with asyncio.timeout(wait):
                     await self._deadlines_changed.wait()
             except TimeoutError:
                 continue
