@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from typing import TYPE_CHECKING, Any
 
-import zmq
 from ipykernel.iostream import OutStream
 from IPython.core.getipython import get_ipython
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
 PIECE = 64 * 1024
 """Characters of output that are held back, and that one message has at most: a thousand messages may wait."""
@@ -60,8 +60,23 @@ def tame_output() -> None:
         stream.__class__ = PacedStream
 
     thread = shell.kernel.iopub_thread
+    schedule = thread.schedule
+
+    def at_once_or_scheduled(action: Callable[[], None]) -> None:
+        if threading.current_thread() is thread.thread:
+            action()
+        else:
+            schedule(action)
+
+    # That thread would else send itself a message for each piece of output, through a queue that only it empties:
+    # when the queue is full it waits for itself. Also, a flush that has returned has then really been sent.
+    thread.schedule = at_once_or_scheduled
+
+    def keep_everything() -> None:
+        thread.socket.xpub_nodrop = True
+
     # A socket belongs to its thread. Its queue keeps its length: to shorten it under way can block it for good.
-    thread.schedule(lambda: thread.socket.setsockopt(zmq.XPUB_NODROP, 1))
+    schedule(keep_everything)
 
 
 def update_env(changed: Mapping[str, str], gone: Iterable[str]) -> None:
