@@ -17,8 +17,11 @@ from IPython.core.getipython import get_ipython
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
+HELD = 512 * 1024
+"""Characters of output after which the code waits until they are sent."""
+
 PIECE = 64 * 1024
-"""Characters of output that are held back, and that one message has at most: a thousand messages may wait."""
+"""Characters in one message at most; a thousand messages may wait for the guest."""
 
 _lent: dict[str, str | None] = {}
 
@@ -35,7 +38,7 @@ class PacedStream(OutStream):  # type: ignore[misc]  # ipykernel is not typed
         super()._schedule_flush()
         with self._buffer_lock:
             held = sum(buffer.tell() for buffer in self._buffers.values())
-        if held >= PIECE:
+        if held >= HELD:
             self.flush()
 
     def _flush_buffers(self) -> Iterator[tuple[Any, str]]:

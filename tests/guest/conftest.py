@@ -40,7 +40,8 @@ class Guest:
     async def stream(self, code: str, **more: Any) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
         """The events of an execution as they come; leaving early closes the connection."""
         body = {"code": code, "context_id": None, "language": None, "env_vars": None, **more}
-        async with self.http.stream("POST", "/execute", json=body) as response:
+        # Keepalives would hide a server that hangs from the client's own timeout.
+        async with asyncio.timeout(60), self.http.stream("POST", "/execute", json=body) as response:
             assert response.status_code == 200
             events = (json.loads(line) async for line in response.aiter_lines())
             yield events
