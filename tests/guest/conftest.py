@@ -33,6 +33,7 @@ class Guest:
     """What a test needs of it."""
 
     http: httpx.AsyncClient
+    contexts: Contexts
     settings: Settings
     cwd: Path
 
@@ -98,10 +99,12 @@ async def guest(tmp_path_factory: Any) -> AsyncIterator[Guest]:
     launch = Launch(
         account=Account(name=getpass.getuser(), home=root / "home"), directory=root / "run", cwd=root / "home"
     )
-    async with served(interpreter.create_app(Contexts(launch, settings)), root / "http.sock") as http:
-        yield Guest(http=http, settings=settings, cwd=root / "home")
-        # A test that leaves the default context unusable breaks the next one here, and not somewhere later.
-        assert await Guest(http=http, settings=settings, cwd=root).value("1 + 1") == "2"
+    contexts = Contexts(launch, settings)
+    async with served(interpreter.create_app(contexts), root / "http.sock") as http:
+        guest = Guest(http=http, contexts=contexts, settings=settings, cwd=root / "home")
+        yield guest
+        # A test that leaves the default context unusable fails here, where it can be seen.
+        assert await guest.value("1 + 1") == "2"
 
 
 @pytest_asyncio.fixture
