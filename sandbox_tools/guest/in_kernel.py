@@ -10,17 +10,20 @@ import io
 import os
 import resource
 import sys
+import threading
 from typing import TYPE_CHECKING, Any
 
-import zmq
 from ipykernel.iostream import OutStream
 from IPython.core.getipython import get_ipython
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+HELD = 512 * 1024
+"""Characters of output after which the code waits until they are sent."""
 
 PIECE = 64 * 1024
-"""Characters of output that are held back, and that one message has at most: a thousand messages may wait."""
+"""Characters in one message at most; a thousand messages may wait for the guest."""
 
 _lent: dict[str, str | None] = {}
 
@@ -37,7 +40,7 @@ class PacedStream(OutStream):  # type: ignore[misc]  # ipykernel is not typed
         super()._schedule_flush()
         with self._buffer_lock:
             held = sum(buffer.tell() for buffer in self._buffers.values())
-        if held >= PIECE:
+        if held >= HELD:
             self.flush()
 
     def _flush_buffers(self) -> Iterator[tuple[Any, str]]:
@@ -62,8 +65,23 @@ def tame_output() -> None:
         stream.__class__ = PacedStream
 
     thread = shell.kernel.iopub_thread
+    schedule = thread.schedule
+
+    def at_once_or_scheduled(action: Callable[[], None]) -> None:
+        if threading.current_thread() is thread.thread:
+            action()
+        else:
+            schedule(action)
+
+    # That thread would else send itself a message for each piece of output, through a queue that only it empties:
+    # when the queue is full it waits for itself. Also, a flush that has returned has then really been sent.
+    thread.schedule = at_once_or_scheduled
+
+    def keep_everything() -> None:
+        thread.socket.xpub_nodrop = True
+
     # A socket belongs to its thread. Its queue keeps its length: to shorten it under way can block it for good.
-    thread.schedule(lambda: thread.socket.setsockopt(zmq.SocketOption.XPUB_NODROP, 1))
+    schedule(keep_everything)
 
 
 def limit_memory(fillable: int) -> None:

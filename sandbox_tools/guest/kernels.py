@@ -142,13 +142,19 @@ class Kernel:
         os.set_blocking(reading, False)
         try:
             await manager.start_kernel(
-                extra_arguments=[*ARGUMENTS, f"--BaseIPythonApplication.ipython_dir={launch.directory}"],
+                extra_arguments=list(ARGUMENTS),
                 # Standard output of the guest may be the tunnel: nobody else may write to it.
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=writing,
                 cwd=str(cwd),
-                env={**account.environment(), **({"MALLOC_ARENA_MAX": "2"} if limit else {}), **env},
+                env={
+                    **account.environment(),
+                    "IPYTHONDIR": str(launch.directory),  # else it litters the user's home
+                    # Each thread's own arena would reserve 64 MiB of what is limited, and never fill it.
+                    **({"MALLOC_ARENA_MAX": "2"} if limit else {}),
+                    **env,
+                },
                 **switch,
                 **({"extra_groups": []} if switch else {}),
             )

@@ -33,6 +33,7 @@ class Guest:
     """What a test needs of it."""
 
     http: httpx.AsyncClient
+    contexts: Contexts
     settings: Settings
     cwd: Path
 
@@ -40,7 +41,8 @@ class Guest:
     async def stream(self, code: str, **more: Any) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
         """The events of an execution as they come; leaving early closes the connection."""
         body = {"code": code, "context_id": None, "language": None, "env_vars": None, **more}
-        async with self.http.stream("POST", "/execute", json=body) as response:
+        # Keepalives would hide a server that hangs from the client's own timeout.
+        async with asyncio.timeout(60), self.http.stream("POST", "/execute", json=body) as response:
             assert response.status_code == 200
             events = (json.loads(line) async for line in response.aiter_lines())
             yield events
@@ -97,10 +99,12 @@ async def guest(tmp_path_factory: Any) -> AsyncIterator[Guest]:
     launch = Launch(
         account=Account(name=getpass.getuser(), home=root / "home"), directory=root / "run", cwd=root / "home"
     )
-    async with served(interpreter.create_app(Contexts(launch, settings)), root / "http.sock") as http:
-        yield Guest(http=http, settings=settings, cwd=root / "home")
-        # A test that leaves the default context unusable breaks the next one here, and not somewhere later.
-        assert await Guest(http=http, settings=settings, cwd=root).value("1 + 1") == "2"
+    contexts = Contexts(launch, settings)
+    async with served(interpreter.create_app(contexts), root / "http.sock") as http:
+        guest = Guest(http=http, contexts=contexts, settings=settings, cwd=root / "home")
+        yield guest
+        # A test that leaves the default context unusable fails here, where it can be seen.
+        assert await guest.value("1 + 1") == "2"
 
 
 @pytest_asyncio.fixture

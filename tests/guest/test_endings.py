@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from sandbox_tools.guest import contexts
+from sandbox_tools.guest.contexts import Outlet
+from sandbox_tools.guest.events import ENDED
 
 from .conftest import Guest, of_type, text
 
@@ -157,6 +159,23 @@ except KeyboardInterrupt: os._exit(4)
     (error,) = of_type(await guest.run("1"), "error")
     assert error["name"] == "ContextRestarting"
     assert "exit code 4" in error["value"]
+
+
+async def test_a_loss_that_did_not_reach_its_caller_is_told_again(guest: Guest) -> None:
+    """Only what has been sent counts as told: here the caller leaves with the event still in the queue."""
+    out = Outlet(maxsize=8)
+    job = (await guest.contexts.default()).start("import os\nos.kill(os.getpid(), 9)", {}, out)
+    try:
+        async with asyncio.timeout(20):
+            seen = [await out.get()]
+            while seen[-1] is not ENDED:
+                seen.append(await out.get())
+    finally:
+        job.cancel()
+    assert of_type(seen, "error")[0]["name"] == "ContextRestarting"
+
+    (error,) = of_type(await guest.run("1"), "error")
+    assert error["name"] == "ContextRestarting"
 
 
 async def test_threads_may_print_for_as_long_as_they_like_between_executions(guest: Guest) -> None:
