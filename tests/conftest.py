@@ -50,6 +50,7 @@ def running_engine(*options: str) -> Iterator[EngineProcess]:
             yield engine
         finally:
             if engine.process is not None and engine.process.poll() is None:
+                engine.clear()
                 engine.stop()
             assert engine.containers() == []
 

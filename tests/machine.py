@@ -88,6 +88,12 @@ class EngineProcess:
         assert answer.status_code == 201, answer.text
         return Box(self, answer.json())
 
+    def clear(self) -> None:
+        """Kill all its sandboxes, which is quicker than the pause that stopping it would give them."""
+        with self.http() as http:
+            for row in http.get("/v2/sandboxes").json():
+                http.delete(f"/sandboxes/{row['sandboxID']}")
+
     def containers(self) -> list[str]:
         """The sandboxes of this engine whose processes live on this host, by container id."""
         found = []
@@ -122,6 +128,8 @@ class Box:
         """The events of one execution as they come; leaving early breaks the connection."""
         body = {"code": code, "context_id": None, "language": None, "env_vars": None}
         with self.engine.http() as http, http.stream("POST", "/execute", json=body, headers=self.headers) as answer:
+            if answer.status_code == 502:
+                raise httpx.RemoteProtocolError(answer.read().decode())
             assert answer.status_code == 200, answer.read()
             yield (json.loads(line) for line in answer.iter_lines())
 

@@ -16,7 +16,7 @@ from starlette.types import Message, Receive, Scope, Send
 from sandbox_tools.engine.supervisor import Supervisor
 from sandbox_tools.engine.tunnel import Tunnel, TunnelBackend
 from sandbox_tools.errors import NotFoundError
-from sandbox_tools.models import INTERPRETER_PORT
+from sandbox_tools.models import ENVD_PORT, INTERPRETER_PORT
 
 # RFC 9110 section 7.6.1: these are between two hops and not passed on.
 _HOP_BY_HOP = frozenset(
@@ -59,6 +59,11 @@ class Gateway:
 
         if entry.tunnel is None:
             await _not_found(address)(scope, receive, send)
+            return
+
+        if address.port == ENVD_PORT and scope["path"] == "/init":
+            # How the engine itself tells a guest whose it is; from outside there is no such route.
+            await JSONResponse({"code": 404, "message": "not found"}, 404)(scope, receive, send)
             return
 
         token = Headers(scope=scope).get("x-access-token")

@@ -183,6 +183,7 @@ class Supervisor:
             if isinstance(outcome, BaseException):
                 log.error("Sandbox %s is left running for the next engine: %s", entry.record.id, outcome)
                 self._lifecycle.leave(entry)
+        await self._runtime.aclose()
 
     # Transitions, under the sandbox's lock.
 

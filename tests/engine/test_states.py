@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from datetime import datetime
 
 import pytest
@@ -10,20 +11,18 @@ import pytest
 from tests.machine import Box, EngineProcess
 
 COUNTER = """
-import subprocess, sys, time
+import os, subprocess, sys, time
 open('/home/user/count.py', 'w').write('''
-import time
+import os, time
 n = 0
 while True:
     n += 1
-    open('/home/user/count', 'w').write(str(n))
+    open('/home/user/new', 'w').write(str(n))
+    os.replace('/home/user/new', '/home/user/count')
     time.sleep(0.01)
 ''')
 counter = subprocess.Popen([sys.executable, '/home/user/count.py'])
-while True:
-    try:
-        if int(open('/home/user/count').read()) > 3: break
-    except (OSError, ValueError): pass
+while not os.path.exists('/home/user/count'):
     time.sleep(0.01)
 counter.pid
 """
@@ -122,6 +121,38 @@ def test_code_is_refused_without_the_token_of_the_sandbox(box: Box) -> None:
     with box.engine.http() as http:
         body = {"code": "1", "context_id": None, "language": None, "env_vars": None}
         assert http.post("/execute", json=body, headers=box.headers).status_code == 401
+
+
+def test_nobody_outside_tells_a_sandbox_whose_it_is(box: Box) -> None:
+    """PROTOCOL.md section 3.5: envd's internal routes are not found through the gateway."""
+    headers = {**box.headers, "E2b-Sandbox-Port": "49983"}
+    with box.engine.http() as http:
+        assert http.get("/health", headers=headers).status_code == 204
+        assert http.post("/init", json={"accessToken": "mine"}, headers=headers).status_code == 404
+    assert box.value("1 + 1") == "2"
+
+
+def test_a_port_nobody_listens_on_and_a_sandbox_that_sleeps_are_told_apart(box: Box) -> None:
+    """PROTOCOL.md section 3.5: the two bodies that E2B's SDKs look into."""
+    headers = {**box.headers, "E2b-Sandbox-Port": "1234"}
+    with box.engine.http() as http:
+        closed = http.get("/", headers=headers)
+        box.post("pause")
+        asleep = http.get("/", headers=headers)
+
+    assert (closed.status_code, asleep.status_code) == (502, 502)
+    assert "port is not open" in closed.json()["message"]
+    assert "was not found" in asleep.json()["message"]
+
+
+def test_a_server_in_the_sandbox_is_reached_through_its_host_name(box: Box) -> None:
+    box.run("import subprocess, sys; subprocess.Popen([sys.executable, '-m', 'http.server', '8000'])")
+    host = {"Host": f"8000-{box.id}.sandbox.test"}
+    with box.engine.http() as http:
+        deadline = time.monotonic() + 20
+        while (answer := http.get("/", headers=host)).status_code != 200 and time.monotonic() < deadline:
+            pass
+    assert "Directory listing" in answer.text
 
 
 def test_a_timeout_pauses_a_sandbox_that_asked_for_it(engine: EngineProcess) -> None:
