@@ -64,6 +64,17 @@ def test_a_port_that_is_taken_is_said(templates: Path) -> None:
     assert str(port) in words
 
 
+def test_a_socket_that_another_process_listens_on_is_left_to_it(templates: Path) -> None:
+    with own_state() as state, socket.socket(socket.AF_UNIX) as taken:
+        taken.bind(str(state / "taken.sock"))
+        taken.listen()
+        code, words = refusal(state / "own", "--uds", str(state / "taken.sock"))
+        assert (state / "taken.sock").exists()
+
+    assert code == 1
+    assert "taken" in words
+
+
 @pytest.mark.parametrize(
     ("script", "expected"),
     [(None, "runsc-of-the-test"), ("#!/bin/sh\necho 'runsc version 0.0~20221219.0'\n", "20221219")],
