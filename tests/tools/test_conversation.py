@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import subprocess
 import sys
 
@@ -15,24 +16,30 @@ from sandbox_tools.session.bindings import SqliteBindings
 from sandbox_tools.testing import ScriptedModel, call
 
 TURN = """
-import asyncio, sys
+import asyncio, os, signal, sys
+from datetime import UTC, datetime
 from pathlib import Path
 from langchain.agents import create_agent
 from sandbox_tools import Client, PauseAfter, SandboxCallback, SandboxToolkit, Sessions
 from sandbox_tools.session.bindings import SqliteBindings
 from sandbox_tools.testing import ScriptedModel, call
 
-async def main(state, code):
+async def main(state, code, idle):
     bindings = SqliteBindings(state / "sessions.db")
     async with Client(provider="local", state_dir=state) as client:
-        async with Sessions(client, bindings=bindings, policy=PauseAfter(0)) as sessions:
+        async with Sessions(client, bindings=bindings, policy=PauseAfter(idle)) as sessions:
             model = ScriptedModel(script=[call("run_code", code=code), "done"])
             agent = create_agent(model, SandboxToolkit(sessions).get_tools())
             agent = agent.with_config(callbacks=[SandboxCallback(sessions)])
             await agent.ainvoke({"messages": [("user", "go")]}, {"configurable": {"thread_id": "two processes"}})
             print(model.asked[-1][-1].text)
+            while idle:
+                [info] = [info async for info in client.list()]
+                if (info.end_at - datetime.now(UTC)).total_seconds() < 100:  # the turn has ended, the pause is to come
+                    os.kill(os.getpid(), signal.SIGKILL)
+                await asyncio.sleep(0.01)
 
-asyncio.run(main(Path(sys.argv[1]), sys.argv[2]))
+asyncio.run(main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])))
 """
 
 BEGIN = """
@@ -43,9 +50,11 @@ print(child.pid)
 """
 
 
-def one_turn(engine, code):
-    command = [sys.executable, "-c", TURN, str(engine.state), code]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout.strip()
+def one_turn(engine, code, *, killed_while_idle_for=0):
+    command = [sys.executable, "-c", TURN, str(engine.state), code, str(killed_while_idle_for)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == (-signal.SIGKILL if killed_while_idle_for else 0), ended.stderr
+    return ended.stdout.strip()
 
 
 async def states(client):
@@ -82,6 +91,21 @@ async def test_a_second_process_finds_variables_and_processes_where_the_first_le
     assert await states(client) == ["paused"]
     again = await asyncio.to_thread(one_turn, engine, "print(words, child.pid, child.poll())")
     assert again == f"['kept'] {pid} None"
+
+
+async def test_a_process_killed_between_turn_end_and_pause_loses_nothing(engine, client):
+    """The net under every other layer: the server's own timer was set to pause soon after the turn's end."""
+    await asyncio.to_thread(one_turn, engine, BEGIN, killed_while_idle_for=60)
+
+    [left] = [info async for info in client.list()]
+    assert left.state == "running"
+    assert left.lifecycle.on_timeout == "pause"
+    await client.set_timeout(left.sandbox_id, 0)  # as if that time were over
+    async with asyncio.timeout(60):
+        while await states(client) != ["paused"]:
+            await asyncio.sleep(0.05)
+
+    assert await asyncio.to_thread(one_turn, engine, "print(words, child.poll())") == "['kept'] None"
 
 
 async def test_code_past_its_timeout_is_interrupted_and_its_variables_are_kept(sessions):
