@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
@@ -171,9 +171,14 @@ class Lifecycle:
         self._let_go(entry, "the engine stopped")
 
     async def save(self, entry: Entry) -> None:
-        """Write the record durably."""
-        self._directory(entry).mkdir(parents=True, exist_ok=True)
-        await asyncio.to_thread(entry.record.save, self._directory(entry))
+        """Write the record durably.
+
+        Raises:
+            EngineError: The disk is full or failing; what was written before is still there.
+        """
+        with _disk_errors("record", entry):
+            self._directory(entry).mkdir(parents=True, exist_ok=True)
+            await asyncio.to_thread(entry.record.save, self._directory(entry))
 
     def _directory(self, entry: Entry) -> Path:
         return self.sandboxes / entry.record.id
@@ -204,7 +209,7 @@ class Lifecycle:
             return False
 
         # The failed pause may have got as far as the record; a disk too full for it has kept the old one.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(EngineError):
             await self.save(entry)
         return True
 
@@ -213,9 +218,10 @@ class Lifecycle:
         template = templates.load(self._template_directory, entry.record.template)
         container = self.container(entry)
         await _remove(container.directory)
-        container.directory.mkdir(parents=True)
-        write_bundle(container.bundle, template.config(container))
-        container.pipes.make()
+        with _disk_errors("container", entry):
+            container.directory.mkdir(parents=True)
+            write_bundle(container.bundle, template.config(container))
+            container.pipes.make()
         entry.tunnel = Tunnel(container.pipes)
         entry.tunnel.open_pipes()
         await self.runtime.restore(container, image)
@@ -248,3 +254,12 @@ class Lifecycle:
 
 async def _remove(directory: Path) -> None:
     await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _disk_errors(what: str, entry: Entry) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        msg = f"The {what} of sandbox {entry.record.id} can't be written: {error.strerror}. Free some disk space."
+        raise EngineError(msg, sandbox_id=entry.record.id) from error

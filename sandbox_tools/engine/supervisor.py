@@ -286,10 +286,9 @@ class Supervisor:
         entry.record = before.model_copy(update={"end_at": end})
         try:
             await self._lifecycle.save(entry)
-        except OSError as error:
+        except EngineError:
             entry.record = before
-            msg = f"The new timeout could not be written: {error.strerror}. Free some disk space and try again."
-            raise EngineError(msg, op="set_timeout", sandbox_id=before.id) from error
+            raise
         self._deadlines_changed.set()
 
     # What a crash left.

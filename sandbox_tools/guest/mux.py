@@ -180,8 +180,15 @@ class Stream:
         self._changed.set()
 
     def receive(self, kind: int, payload: bytes) -> None:
-        """Take in one frame that the mux found to be for this stream."""
+        """Take in one frame that the mux found to be for this stream.
+
+        Raises:
+            BrokenFrameError: More data than the window that was granted: the other end is not to be trusted.
+        """
         if kind == DATA:
+            if len(self._inbox) + len(payload) > WINDOW:
+                msg = f"Stream {self.number} was sent more than its window of {WINDOW} bytes."
+                raise BrokenFrameError(msg)
             self._inbox += payload
         elif kind == CREDIT:
             self._credit += NUMBER.unpack(payload)[0]

@@ -16,12 +16,14 @@ from hypothesis import strategies as st
 from sandbox_tools.engine.tunnel import Pipes, PortClosedError, Tunnel
 from sandbox_tools.guest import tunnel as guest
 from sandbox_tools.guest.mux import (
+    DATA,
     HELLO,
     MAX_PAYLOAD,
     RESYNC,
     WINDOW,
     BrokenFrameError,
     FrameReader,
+    Mux,
     StreamResetError,
     frame,
 )
@@ -150,6 +152,28 @@ async def test_a_reader_that_stands_still_stops_its_own_writer_and_nobody_else()
             assert not flood.done()
             flood.cancel()
             tunnel.detach("done")
+
+
+async def test_a_guest_that_sends_more_than_its_window_is_cut_off() -> None:
+    """What runs inside may be hostile: it must not fill the engine's memory."""
+    with pipes() as made:
+        tunnel = Tunnel(made)
+        tunnel.open_pipes()
+        fds = [os.open(path, os.O_RDWR | os.O_NONBLOCK) for path in (made.stdin, made.stdout)]
+        hostile = Mux(*fds, on_hello=lambda nonce: hostile.send(HELLO, payload=nonce))
+        hostile.start()
+        await tunnel.attach()
+        opening = asyncio.create_task(tunnel.open(80))
+        for _ in range(2 + WINDOW // MAX_PAYLOAD):
+            hostile.send(DATA, 1, bytes(MAX_PAYLOAD))
+            await hostile.drain()
+
+        with pytest.raises(StreamResetError, match="window"):
+            await opening
+        hostile.stop("done")
+        tunnel.detach("done")
+        for fd in fds:
+            os.close(fd)
 
 
 async def test_a_port_where_nobody_listens_is_said_to_be_closed() -> None:
