@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import signal
 from pathlib import Path
 
 from sandbox_tools.engine.runtime import Container, ContainerState
 from sandbox_tools.errors import EngineError
+
+log = logging.getLogger(__name__)
 
 # The longest verb writes or reads an image: 4 s per GB is the slowest service's figure, 64 GB the largest machine's.
 _VERB_SECONDS = 300.0
@@ -146,9 +149,12 @@ class Runsc:
             )
 
     async def _delete(self, container: Container) -> None:
-        # A container that never came to be has nothing to delete.
-        with contextlib.suppress(EngineError):
-            await self._call(container, "delete", "-force", container.id)
+        # Not as one of the container's own verbs: its directory, where they log, may go at any moment.
+        try:
+            await self._call(None, "delete", "-force", container.id)
+        except EngineError as error:
+            # Deleting by force what never came to be is no error; anything else leaves a control group behind.
+            log.warning("The records of container %s could not be removed: %s", container.id, error)
 
     async def _call(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import stat
@@ -12,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from sandbox_tools import Client
 from tests.conftest import own_state, running_engine
 from tests.machine import PATIENCE, EngineProcess
 
@@ -95,6 +97,16 @@ def test_without_a_usable_runsc_it_says_what_to_install_and_what_to_use_instead(
     assert "E2B_API_KEY" in words
 
 
+async def answer_of_a_client(url: str, key: str) -> str | None:
+    """What another machine's client gets from the engine at an address."""
+    async with Client(provider="local", api_url=url, api_key=key) as client:
+        sandbox = await client.create()
+        try:
+            return (await sandbox.run_code("40 + 2")).text
+        finally:
+            await sandbox.kill()
+
+
 def test_on_tcp_every_call_but_health_needs_the_key(templates: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
@@ -109,6 +121,7 @@ def test_on_tcp_every_call_but_health_needs_the_key(templates: Path) -> None:
                 assert http.get("/v2/sandboxes").status_code == 401
                 assert http.get("/v2/sandboxes", headers={"X-API-KEY": "wrong"}).status_code == 401
                 assert http.get("/v2/sandboxes", headers={"X-API-KEY": "secret"}).json() == []
+            assert asyncio.run(answer_of_a_client(f"http://127.0.0.1:{port}", "secret")) == "42"
         finally:
             engine.stop()
         assert "secret" not in engine.log()
