@@ -36,9 +36,7 @@ _GUEST = [
 ]
 
 
-def bundle_config(
-    *, root: Path, guest: Path, memory_mb: int, cgroup: str | None, hostname: str = "sandbox"
-) -> dict[str, Any]:
+def bundle_config(*, root: Path, guest: Path, memory_mb: int, cgroup: str | None) -> dict[str, Any]:
     """The `config.json` of a sandbox.
 
     Nothing of the host is in it but the template's own root, shared by all and written by none (writes go to the
@@ -59,7 +57,7 @@ def bundle_config(
 
     return {
         "ociVersion": "1.0.2",
-        "hostname": hostname,
+        "hostname": "sandbox",
         "root": {"path": str(root), "readonly": False},
         "process": {
             "terminal": False,
@@ -72,8 +70,6 @@ def bundle_config(
                 "LANG=C.UTF-8",
                 f"PYTHONPATH={GUEST_PACKAGES}",
                 "PYTHONDONTWRITEBYTECODE=1",
-                # Shown by the guest's server to the sandbox's own processes; the host enforces it where it can.
-                f"SANDBOX_MEMORY_MB={memory_mb}",
             ],
             "capabilities": {kind: _CAPABILITIES for kind in ("bounding", "effective", "permitted")},
         },

@@ -27,7 +27,7 @@ from sandbox_tools.errors import EngineError
 DEFAULT_MEMORY_MB = 2048
 
 # Raised whenever what an image holds changes in a way that its ingredients do not show.
-_RECIPE = "1"
+_RECIPE = "2"
 
 # A cold boot with a kernel takes 2 s where nothing else runs.
 _BOOT_SECONDS = 180.0
@@ -102,6 +102,7 @@ async def prepare(
         with await asyncio.to_thread(_locked, templates / "images.lock"):
             if not directory.exists():
                 on_step("warming the template", 0.9)
+                await _sweep(templates, runsc)
                 await _warm(templates, directory, facts)
     template = load(templates, template_id)
     snapshots.verify(template.image, cpu=cpu())
@@ -158,6 +159,16 @@ async def _warm(templates: Path, directory: Path, facts: dict[str, object]) -> N
         await runtime.aclose()
         shutil.rmtree(work, ignore_errors=True)
         shutil.rmtree(partial, ignore_errors=True)
+
+
+async def _sweep(templates: Path, runsc: Path) -> None:
+    """End and remove what crashes left of earlier warm-ups; the caller holds the lock, so none is under way."""
+    snapshots.sweep(templates / "images")
+    for work in templates.glob("warm-*"):
+        runtime = Runsc(runsc, work / "runsc")
+        await runtime.kill(Container(id=work.name, directory=work, binary=runsc))
+        await runtime.aclose()
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _pin(binary: Path, directory: Path) -> Path:

@@ -16,7 +16,7 @@ from sandbox_tools.guest.mux import HELLO, NONCE_BYTES, RESYNC, Mux, Stream, Str
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
 # Bytes a pipe holds: larger saves wake-ups, and an ordinary user may own 64 MiB of pipes in all (pipe(7)).
@@ -48,7 +48,7 @@ class Pipes:
             os.mkfifo(path, 0o600)
 
     @contextlib.contextmanager
-    def handed(self) -> Any:
+    def handed(self) -> Iterator[tuple[int, int]]:
         """File descriptors for a container's stdin and stdout; the container keeps its own copies."""
         stdin = os.open(self.stdin, os.O_RDWR | os.O_CLOEXEC)
         try:
