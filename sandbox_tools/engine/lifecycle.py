@@ -137,21 +137,27 @@ class Lifecycle:
         entry.phase = "paused"
         await self._end_run(entry, "the sandbox is paused")
 
-    async def adopt(self, entry: Entry) -> None:
-        """Take over a sandbox that an earlier engine ran.
+    async def adopt(self, entry: Entry) -> bool:
+        """Take over the container of a sandbox that runs. False: it is gone.
 
-        Raises:
-            EngineError: It is gone, or can't be reached.
+        One that lives and can't be reached now is kept, without a tunnel: it can still be paused and killed, and the
+        next connect tries again.
         """
         container = self.container(entry)
-        if await self.runtime.state(container) == "gone":
-            msg = "it ended while no engine was there to watch it, or the machine was restarted"
-            raise EngineError(msg, op="adopt", sandbox_id=entry.record.id)
-
-        await self.runtime.thaw(container)
-        entry.tunnel = Tunnel(container.pipes)
-        await entry.tunnel.attach()
+        self._let_go(entry, "the engine attaches anew")
+        tunnel = Tunnel(container.pipes)
+        try:
+            if await self.runtime.state(container) == "gone":
+                return False
+            await self.runtime.thaw(container)
+            await tunnel.attach()
+        except (EngineError, OSError) as error:
+            log.error("Sandbox %s lives but can't be reached: %s", entry.record.id, error)
+            tunnel.detach("the guest did not answer")
+        else:
+            entry.tunnel = tunnel
         self._runs(entry)
+        return True
 
     async def end(self, entry: Entry, reason: str) -> None:
         """End the sandbox, running or paused, and remove all of it."""
@@ -201,10 +207,7 @@ class Lifecycle:
 
     async def _go_on(self, entry: Entry) -> bool:
         """Let a sandbox that could not be paused run on; whether it still can."""
-        try:
-            await self.adopt(entry)
-        except (EngineError, OSError) as error:
-            log.error("Sandbox %s did not come back after a failed pause: %s", entry.record.id, error)
+        if not await self.adopt(entry):
             await self.end(entry, "it ended while it was being paused")
             return False
 

@@ -84,7 +84,7 @@ class Runtime(Protocol):
         """Wait for verbs that an engine which died has left running."""
         ...
 
-    async def known(self) -> list[str]:
+    def known(self) -> list[str]:
         """The ids of all containers there are records of, dead ones included."""
         ...
 

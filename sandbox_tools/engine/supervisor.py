@@ -220,6 +220,12 @@ class Supervisor:
                 self._deadlines_changed.set()
                 return entry, True
 
+            if entry.tunnel is None or not entry.tunnel.attached:
+                await self._lifecycle.adopt(entry)
+                if entry.tunnel is None:
+                    msg = f"Sandbox {entry.record.id} runs but can't be reached now. Try again in a moment."
+                    raise EngineError(msg, op="connect", sandbox_id=entry.record.id)
+
             # Never shortened, and exactly as it was where it is not extended: clients compare it.
             if end > entry.record.end_at:
                 await self._set_end(entry, end)
@@ -299,16 +305,15 @@ class Supervisor:
             await self._lifecycle.drop_run(entry)
             return
 
-        try:
-            await self._lifecycle.adopt(entry)
-        except (EngineError, OSError) as error:
-            log.error("Sandbox %s is lost: %s", entry.record.id, error)
-            await self._end(entry, str(error))
+        if not await self._lifecycle.adopt(entry):
+            reason = "it ended while no engine was there to watch it, or the machine was restarted"
+            log.error("Sandbox %s is lost: %s", entry.record.id, reason)
+            await self._end(entry, reason)
 
     async def _sweep(self) -> None:
         """Remove what no record speaks of: containers, directories and half-written snapshots."""
         running = {self._lifecycle.container(entry).id for entry in self._there() if entry.phase == "running"}
-        for container_id in await self._runtime.known():
+        for container_id in self._runtime.known():
             if container_id not in running:
                 sandbox_id, _, run = container_id.rpartition("-")
                 directory = self._lifecycle.sandboxes / sandbox_id / f"run-{run}"

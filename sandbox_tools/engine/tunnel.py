@@ -99,6 +99,11 @@ class Tunnel:
         self._mux.feed(rest)
         self._mux.start()
 
+    @property
+    def attached(self) -> bool:
+        """Whether streams can be opened; a guest that breaks the rules of the tunnel ends that."""
+        return self._mux is not None and not self._mux.closed.done()
+
     def detach(self, reason: str) -> None:
         """Drop every stream and let go of the pipes; the guest is left as it is. Safe to call twice."""
         if self._mux is not None:

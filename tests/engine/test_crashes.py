@@ -103,6 +103,22 @@ def test_an_engine_killed_at_any_moment_of_a_transition_loses_nothing(
     assert len(own_engine.containers()) == 1
 
 
+@pytest.mark.soak
+def test_a_running_sandbox_that_cannot_be_reached_is_kept_until_it_can(own_engine: EngineProcess) -> None:
+    """A new engine gives a guest 30 s to answer; silence is no death."""
+    box = own_engine.create()
+    box.run("kept = 'yes'")
+    own_engine.kill()
+    container = int(next((own_engine.state / "sandboxes" / box.id).glob("run-*/pid")).read_text())
+    os.kill(container, signal.SIGSTOP)
+    own_engine.start()
+    os.kill(container, signal.SIGCONT)
+
+    assert box.info()["state"] == "running"
+    assert box.post("connect", timeout=600).status_code == 200
+    assert box.value("kept") == "yes"
+
+
 def test_a_half_written_snapshot_is_swept_and_a_torn_one_is_refused(own_engine: EngineProcess) -> None:
     box = own_engine.create()
     box.post("pause")
