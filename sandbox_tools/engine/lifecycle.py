@@ -105,6 +105,9 @@ class Lifecycle:
         except BaseException:
             await self._end_run(entry, "it could not be resumed")
             entry.record = paused
+            # The failed write may have reached the disk all the same.
+            with contextlib.suppress(EngineError):
+                await self.save(entry)
             entry.phase = "paused"
             raise
 
@@ -129,8 +132,7 @@ class Lifecycle:
             await self.save(entry)
         except (OSError, EngineError) as error:
             entry.record = running
-            outcome = "goes on running" if await self._go_on(entry) else "is lost"
-            await _remove(final)
+            outcome = "goes on running" if await self._go_on(entry, final) else "is lost"
             msg = f"Sandbox {running.id} could not be paused and {outcome}: {error}"
             raise EngineError(msg, op="pause", sandbox_id=running.id) from error
 
@@ -205,15 +207,16 @@ class Lifecycle:
         finally:
             await _remove(partial)
 
-    async def _go_on(self, entry: Entry) -> bool:
+    async def _go_on(self, entry: Entry, snapshot: Path) -> bool:
         """Let a sandbox that could not be paused run on; whether it still can."""
         if not await self.adopt(entry):
             await self.end(entry, "it ended while it was being paused")
             return False
 
-        # The failed pause may have got as far as the record; a disk too full for it has kept the old one.
+        # The failed pause may have got as far as the record, which then needs its snapshot until it is put right.
         with contextlib.suppress(EngineError):
             await self.save(entry)
+            await _remove(snapshot)
         return True
 
     async def _start_run(self, entry: Entry, image: Path) -> Tunnel:

@@ -64,8 +64,8 @@ def run(
     except AlreadyRunningError as error:
         _say(error.message)
         return ALREADY_RUNNING
-    except SandboxError as error:
-        _say(error.message)
+    except (SandboxError, OSError) as error:
+        _say(str(error))
         return 1
 
     return 0
@@ -97,8 +97,7 @@ async def _serve(
         log_config=None,
         access_log=False,
         lifespan="off",
-        # In-flight streams of sandboxes that are about to be paused end with them, not before.
-        timeout_graceful_shutdown=5,
+        timeout_graceful_shutdown=5,  # seconds that answers in flight are given to end by themselves
     )
     server = _Server(config)
     loop = asyncio.get_running_loop()
