@@ -25,6 +25,7 @@ from sandbox_tools.engine.apt import (
     unpack,
 )
 from sandbox_tools.engine.install import make_directory
+from sandbox_tools.engine.snapshots import sync
 from sandbox_tools.errors import ConfigError, EngineError
 
 OnStep = Callable[[str, float], None]
@@ -81,7 +82,7 @@ def build_root(templates_dir: Path, on_step: OnStep) -> Path:
         return finished
 
     make_directory(roots)
-    with _locked(roots / ".lock", on_wait=lambda: on_step("Waiting for another process that builds it", 0.0)):
+    with locked(roots / ".lock", on_wait=lambda: on_step("Waiting for another process that builds it", 0.0)):
         if finished.exists():
             return finished
 
@@ -92,7 +93,7 @@ def build_root(templates_dir: Path, on_step: OnStep) -> Path:
         try:
             _build(partial, codename, on_step)
             (partial / "root").rename(finished)
-            _sync_directory(roots)
+            sync(roots)
         finally:
             remove_tree(partial)
     on_step("The root file system is ready", 1.0)
@@ -259,7 +260,7 @@ def _glibc_minor(root: Path) -> int:
 
 
 @contextmanager
-def _locked(path: Path, *, on_wait: Callable[[], None]) -> Iterator[None]:
+def locked(path: Path, *, on_wait: Callable[[], None]) -> Iterator[None]:
     """Hold a file lock; the kernel lets go of it when the holder dies."""
     with path.open("w") as file:
         try:
@@ -268,11 +269,3 @@ def _locked(path: Path, *, on_wait: Callable[[], None]) -> Iterator[None]:
             on_wait()
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +16,7 @@ import sandbox_tools.guest
 from sandbox_tools.engine import snapshots
 from sandbox_tools.engine.bundle import bundle_config, write_bundle
 from sandbox_tools.engine.install import check_machine, install_runsc
-from sandbox_tools.engine.roots import build_root
+from sandbox_tools.engine.roots import OnStep, build_root, locked
 from sandbox_tools.engine.runsc import Runsc
 from sandbox_tools.engine.runtime import Container
 from sandbox_tools.engine.tunnel import Tunnel
@@ -31,9 +29,6 @@ _RECIPE = "2"
 
 # A cold boot with a kernel takes 2 s where nothing else runs.
 _BOOT_SECONDS = 180.0
-
-OnStep = Callable[[str, float], None]
-"""Told what is being done, and how much of the whole is done, from 0 to 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +94,9 @@ async def prepare(
     template_id = hashlib.sha256("\0".join(ingredients).encode()).hexdigest()[:16]
     directory = templates / "images" / template_id
     if not directory.exists():
-        with await asyncio.to_thread(_locked, templates / "images.lock"):
+        with ExitStack() as held:
+            lock = locked(templates / "images.lock", on_wait=lambda: on_step("waiting for another process", 0.9))
+            await asyncio.to_thread(held.enter_context, lock)
             if not directory.exists():
                 on_step("warming the template", 0.9)
                 await _sweep(templates, runsc)
@@ -204,17 +201,3 @@ def _install_guest(directory: Path) -> Path:
         except OSError:  # another process was first with the same content
             shutil.rmtree(partial)
     return installed
-
-
-@contextmanager
-def _held(fd: int) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        os.close(fd)
-
-
-def _locked(path: Path) -> AbstractContextManager[None]:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    fcntl.flock(fd, fcntl.LOCK_EX)
-    return _held(fd)
