@@ -1,4 +1,4 @@
-"""The sandbox's own daemon (port 49983), as far as it goes: its health, and what the engine tells it."""
+"""The sandbox's own daemon (port 49983): its health, what the engine tells it, and its processes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+
+from sandbox_tools.guest import process
+from sandbox_tools.guest.processes import Processes
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -23,13 +26,18 @@ OPEN = {("GET", "/health"), ("GET", "/files"), ("POST", "/files"), ("POST", "/in
 """Routes that need no token: `/files` checks its own signatures, and the engine lets nobody else reach `/init`."""
 
 
-def create_app(settings: Settings) -> ASGIApp:
-    """The application. Every answer that is an error is JSON with `code` and `message`."""
+def create_app(settings: Settings, processes: Processes | None = None) -> ASGIApp:
+    """The application. Every answer that is an error is JSON with `code` and `message`.
+
+    Args:
+        processes: The sandbox's, for who has to end them. None: nobody has to.
+    """
     app = Starlette(
         routes=[
             Route("/health", _health),
             Route("/init", _init, methods=["POST"]),
             Route("/envs", _envs),
+            *process.routes(settings, processes or Processes()),
         ],
         exception_handlers={HTTPException: _error},
     )

@@ -20,6 +20,7 @@ from sandbox_tools.guest import envd, interpreter
 from sandbox_tools.guest.accounts import account as account_of
 from sandbox_tools.guest.contexts import Contexts
 from sandbox_tools.guest.kernels import Launch
+from sandbox_tools.guest.processes import Processes
 from sandbox_tools.guest.settings import Settings
 
 if TYPE_CHECKING:
@@ -92,11 +93,12 @@ async def _serve(arguments: argparse.Namespace, tunnel: tuple[int, int] | None) 
         )
         account.own(launch.directory)
         app = interpreter.create_app(Contexts(launch, settings))
+        processes = Processes()
         listening = [_listen(arguments.envd_port), _listen(arguments.interpreter_port)]
         ports = [each.getsockname()[1] for each in listening]
         server = Server(
             uvicorn.Config(
-                PortSwitch(dict(zip(ports, (envd.create_app(settings), app), strict=True)), lifespan=app),
+                PortSwitch(dict(zip(ports, (envd.create_app(settings, processes), app), strict=True)), lifespan=app),
                 http="httptools",
                 ws="none",
                 lifespan="on",
@@ -111,7 +113,10 @@ async def _serve(arguments: argparse.Namespace, tunnel: tuple[int, int] | None) 
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stopping.set)
 
-        await _until_stopped(server, listening, stopping, tunnel)
+        try:
+            await _until_stopped(server, listening, stopping, tunnel)
+        finally:
+            processes.kill()
 
 
 async def _until_stopped(
