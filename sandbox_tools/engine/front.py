@@ -14,11 +14,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from sandbox_tools.engine.access import Keys, Refusal, refusal
 from sandbox_tools.engine.api import Engine, control_plane
 from sandbox_tools.engine.gateway import forward
-from sandbox_tools.engine.lifecycle import Entry
 from sandbox_tools.engine.routing import SERVICE_PORTS, Address, AddressError, Asked, address_of, names_the_sandbox
-from sandbox_tools.engine.supervisor import Supervisor
 from sandbox_tools.engine.tunnel import Tunnel
-from sandbox_tools.errors import CapacityError, NotFoundError, SandboxError, status_of
+from sandbox_tools.errors import CapacityError, ConflictError, NotFoundError, SandboxError, status_of
 
 NOT_FOUND = "The sandbox was not found"
 """What E2B's SDKs look for to tell that a sandbox is gone."""
@@ -89,7 +87,8 @@ class Front:
             return await self._admit(address, asked)
         except AddressError as error:
             return Turned(status=error.status, body={"code": error.status, "message": str(error)})
-        except NotFoundError:
+        except (NotFoundError, ConflictError):
+            # On its way to a pause it is as good as gone: clients ask right after their streams broke.
             return _turned(address, 502, NOT_FOUND)
         except CapacityError as error:
             # The engine isn't ready: clients repeat a request where this slug says that nothing was started.
@@ -102,12 +101,12 @@ class Front:
         supervisor = self._engine.supervisor
         # Before it is woken: whoever has no key must not start it either.
         record = supervisor.entry(address.sandbox_id).record
-        keys = Keys(token=record.token, secure=record.secure, traffic_token=getattr(record, "traffic_token", None))
+        keys = Keys(token=record.token, secure=record.secure, traffic_token=record.traffic_token)
         refused = refusal(keys, address.port, asked.method, asked.path, asked.headers, asked.arguments, time.time())
         if refused is not None:
             return _refused(address, refused)
 
-        entry = await _entry_for_traffic(supervisor, address.sandbox_id)
+        entry = await supervisor.for_traffic(address.sandbox_id)
         if entry.tunnel is None:
             return _turned(address, 502, NOT_FOUND)
         return Passage(address=address, tunnel=entry.tunnel, headers=_inward(asked.headers, address, keys))
@@ -125,10 +124,6 @@ def _inward(headers: Headers, address: Address, keys: Keys) -> list[tuple[bytes,
         dropped.add(b"authorization")
     inward = [(name, value) for name, value in headers.raw if name not in dropped]
     return [*inward, (b"x-access-token", keys.token.encode())] if service else inward
-
-
-async def _entry_for_traffic(supervisor: Supervisor, sandbox_id: str) -> Entry:
-    return supervisor.entry(sandbox_id)
 
 
 def _refused(address: Address, refused: Refusal) -> Turned:

@@ -147,7 +147,7 @@ class Supervisor:
             EngineError: It could not be resumed or reached.
         """
         entry = self.entry(sandbox_id)
-        if entry.tunnel is not None and entry.tunnel.attached:
+        if entry.phase == "running" and entry.tunnel is not None and entry.tunnel.attached:
             return entry
 
         if entry.phase == "pausing" and not entry.record.wakes:
