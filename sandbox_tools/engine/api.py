@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import hmac
-from collections.abc import Callable
 from typing import TypeVar
 from urllib.parse import unquote_plus
 
 from pydantic import BaseModel, ValidationError
 from starlette.applications import Starlette
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
 
-from sandbox_tools.engine.gateway import Gateway, address_of
 from sandbox_tools.engine.records import page
 from sandbox_tools.engine.supervisor import Supervisor
 from sandbox_tools.errors import CapacityError, ConfigError, SandboxError, status_of
@@ -51,14 +46,8 @@ class Engine:
         self._supervisor = supervisor
 
 
-def application(engine: Engine, *, api_key: str | None, on_request: Callable[[], None] = lambda: None) -> ASGIApp:
-    """The engine as one ASGI application: the control plane, and every sandbox's own address.
-
-    Args:
-        engine: What to serve.
-        api_key: Demanded in `X-API-KEY` by every route but `/health`. None: whoever reaches the socket may call.
-        on_request: Called at the beginning of each request.
-    """
+def control_plane(engine: Engine) -> Starlette:
+    """The control plane's routes; who may call them is decided before."""
     routes = Starlette(
         routes=[
             Route("/health", _health),
@@ -77,30 +66,7 @@ def application(engine: Engine, *, api_key: str | None, on_request: Callable[[],
         exception_handlers={SandboxError: _failed, HTTPException: _no_route, Exception: _broken},
     )
     routes.state.engine = engine
-
-    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await routes(scope, receive, send)
-            return
-
-        on_request()
-        headers = Headers(scope=scope)
-        # PPIO's SDK sends the sandbox headers on control-plane calls as well: those paths win.
-        control = scope["path"] == "/sandboxes" or scope["path"].startswith(("/sandboxes/", "/v2/sandboxes"))
-        address = None if control else address_of(headers)
-        if address is not None:
-            try:
-                gateway = Gateway(engine.supervisor)
-            except CapacityError as error:
-                await _error(503, error.message, _error_code(error))(scope, receive, send)
-                return
-            await gateway(address, scope, receive, send)
-        elif api_key and scope["path"] != "/health" and not _same(headers.get("x-api-key", ""), api_key):
-            await _error(401, "Invalid API key. Send the engine's key in `X-API-KEY`.")(scope, receive, send)
-        else:
-            await routes(scope, receive, send)
-
-    return serve
+    return routes
 
 
 async def _health(request: Request) -> Response:
@@ -227,10 +193,6 @@ def _error(status: int, message: str, error_code: str | None = None) -> Response
 def _error_code(error: SandboxError) -> str | None:
     # Clients repeat a create only where this slug says that nothing was started.
     return "sandbox_capacity_unavailable" if isinstance(error, CapacityError) else None
-
-
-def _same(given: str, expected: str) -> bool:
-    return hmac.compare_digest(given.encode(), expected.encode())
 
 
 async def _failed(_request: Request, error: Exception) -> Response:

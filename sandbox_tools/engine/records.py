@@ -9,12 +9,13 @@ import string
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from sandbox_tools.engine.snapshots import write_durably
 from sandbox_tools.errors import ConfigError
-from sandbox_tools.models import Lifecycle, SandboxGrant, SandboxInfo, State
+from sandbox_tools.models import DEFAULT_TIMEOUT, Lifecycle, SandboxGrant, SandboxInfo, State
 
 CLIENT_ID = "6532622b"
 """The constant that E2B returns; nothing depends on it."""
@@ -23,6 +24,9 @@ ENVD_VERSION = "0.6.13"
 """What SDKs take the sandbox to be able to do."""
 
 RECORD = "record.json"
+
+TRAFFIC_SECONDS = 300
+"""How long a sandbox lives at least after traffic has woken it (PROTOCOL.md section 6)."""
 
 
 class Record(BaseModel):
@@ -49,6 +53,23 @@ class Record(BaseModel):
     token: str
     memory_mb: int
     metadata: dict[str, str] = {}
+    timeout: int = DEFAULT_TIMEOUT
+    """Seconds asked for at its creation. Traffic that wakes it gives it as many, and `TRAFFIC_SECONDS` at least."""
+    auto_pause_memory: bool = True
+    """Whether the pause at the timeout keeps memory and processes, or files only."""
+    pause_memory: bool = True
+    """Whether the snapshot it sleeps in keeps memory and processes; only of meaning while paused."""
+    traffic_token: str | None = None
+    """Demanded by its ports but envd's. None: whoever reaches them may call."""
+    network: dict[str, Any] | None = None
+    """What was asked for, as it was sent. None: nothing."""
+    internet: bool | None = None
+    """Whether internet access was asked for; there is none either way. None: nothing was said."""
+
+    @property
+    def wakes(self) -> bool:
+        """Whether traffic wakes it; not where that would be a reboot, as its memory was dropped."""
+        return self.auto_resume and (self.state == "running" or self.pause_memory)
 
     def save(self, directory: Path) -> None:
         """Write it durably."""
@@ -70,6 +91,7 @@ class Record(BaseModel):
             client_id=CLIENT_ID,
             envd_version=ENVD_VERSION,
             envd_access_token=self.token,
+            traffic_access_token=self.traffic_token,
         )
 
     def info(self, *, resident_bytes: int | None = None, pausing: bool = False) -> SandboxInfo:

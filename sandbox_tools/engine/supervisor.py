@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sandbox_tools.engine import snapshots
+from sandbox_tools.engine.deadlines import Deadlines
 from sandbox_tools.engine.lifecycle import Entry, Lifecycle
-from sandbox_tools.engine.records import Record, new_id, new_run
+from sandbox_tools.engine.records import TRAFFIC_SECONDS, Record, new_id, new_run
 from sandbox_tools.engine.runtime import Container, Runtime
 from sandbox_tools.engine.templates import Template
 from sandbox_tools.errors import ConfigError, ConflictError, EngineError, NotFoundError
@@ -28,8 +29,6 @@ TEMPLATE_NAMES = frozenset({"base", DEFAULT_TEMPLATE})
 
 # After a pause at the deadline failed (a full disk, say) the sandbox runs on, and the pause is tried again.
 _RETRY = timedelta(seconds=30)
-
-_LOOK = 60.0  # seconds
 
 # How many sandboxes that ended are remembered with the reason why.
 _REMEMBERED = 1000
@@ -67,8 +66,7 @@ class Supervisor:
         self._entries: dict[str, Entry] = {}
         self._ended: dict[str, str] = {}
         self._transitions: set[asyncio.Task[Any]] = set()
-        self._deadlines_changed = asyncio.Event()
-        self._clock: asyncio.Task[None] | None = None
+        self._deadlines = Deadlines(self._running, now=now, on_end=self._on_deadline)
 
     # What the routes call.
 
@@ -140,6 +138,31 @@ class Supervisor:
             raise self._unknown(sandbox_id)
         return entry
 
+    async def for_traffic(self, sandbox_id: str) -> Entry:
+        """The sandbox, running and with a tunnel; one that sleeps is resumed where its record says so.
+
+        Raises:
+            NotFoundError: There is none, or it sleeps and traffic does not wake it.
+            ConflictError: It is on its way to such a sleep.
+            EngineError: It could not be resumed or reached.
+        """
+        entry = self.entry(sandbox_id)
+        if entry.phase == "running" and entry.tunnel is not None and entry.tunnel.attached:
+            return entry
+
+        if entry.phase == "pausing" and not entry.record.wakes:
+            msg = f"Sandbox {sandbox_id} is being paused. Connect to it to resume it."
+            raise ConflictError(msg, op="connect", sandbox_id=sandbox_id)
+
+        # Looked at here as well: the lock may be held for long by a transition that this must not wait for.
+        self._check_awake(entry)
+        await self._carry_out(self._wake(entry))
+        return entry
+
+    def entries(self) -> list[Entry]:
+        """All sandboxes, whatever they are doing."""
+        return self._there()
+
     def infos(self) -> list[SandboxInfo]:
         """A row for each sandbox."""
         return [entry.record.info(pausing=entry.phase == "pausing") for entry in self._there()]
@@ -169,15 +192,14 @@ class Supervisor:
                 self._entries[record.id] = Entry(record, record.state)
         await asyncio.gather(*(self._take_over(entry) for entry in list(self._entries.values())))
         await self._sweep()
-        self._clock = asyncio.create_task(self._keep_deadlines())
+        self._deadlines.start()
 
     async def stop(self) -> None:
         """Pause everything that runs, so that neither memory nor state is left behind; what can't be paused runs on."""
-        if self._clock is not None:
-            self._clock.cancel()
+        self._deadlines.stop()
         while self._transitions:
             await asyncio.wait(self._transitions)
-        running = [entry for entry in self._there() if entry.phase == "running"]
+        running = self._running()
         outcomes = await asyncio.gather(*(self._pause(entry) for entry in running), return_exceptions=True)
         for entry, outcome in zip(running, outcomes, strict=True):
             if isinstance(outcome, BaseException):
@@ -204,11 +226,12 @@ class Supervisor:
             token=secrets.token_hex(24),
             memory_mb=self._template.memory_mb,
             metadata=request.metadata,
+            timeout=timeout,
         )
         entry = Entry(record, "resuming")
         await self._lifecycle.create(entry, request.env_vars)
         self._entries[record.id] = entry
-        self._deadlines_changed.set()
+        self._deadlines.changed()
         return entry
 
     async def _connect(self, entry: Entry, seconds: timedelta) -> tuple[Entry, bool]:
@@ -217,19 +240,33 @@ class Supervisor:
             end = self._now() + seconds
             if entry.phase == "paused":
                 await self._lifecycle.resume(entry, end)
-                self._deadlines_changed.set()
+                self._deadlines.changed()
                 return entry, True
 
-            if entry.tunnel is None or not entry.tunnel.attached:
-                await self._lifecycle.adopt(entry)
-                if entry.tunnel is None:
-                    msg = f"Sandbox {entry.record.id} runs but can't be reached now. Try again in a moment."
-                    raise EngineError(msg, op="connect", sandbox_id=entry.record.id)
-
+            await self._reach(entry)
             # Never shortened, and exactly as it was where it is not extended: clients compare it.
             if end > entry.record.end_at:
                 await self._set_end(entry, end)
             return entry, False
+
+    async def _wake(self, entry: Entry) -> None:
+        async with entry.lock:
+            self._check_there(entry)
+            self._check_awake(entry)
+            if entry.phase == "paused":
+                seconds = min(max(entry.record.timeout, TRAFFIC_SECONDS), MAX_TIMEOUT)
+                await self._lifecycle.resume(entry, self._now() + timedelta(seconds=seconds))
+                self._deadlines.changed()
+            else:
+                await self._reach(entry)
+
+    async def _reach(self, entry: Entry) -> None:
+        """Have a tunnel to a sandbox that runs."""
+        if entry.tunnel is None or not entry.tunnel.attached:
+            await self._lifecycle.adopt(entry)
+            if entry.tunnel is None:
+                msg = f"Sandbox {entry.record.id} runs but can't be reached now. Try again in a moment."
+                raise EngineError(msg, op="connect", sandbox_id=entry.record.id)
 
     async def _set_timeout(self, entry: Entry, seconds: timedelta) -> None:
         async with entry.lock:
@@ -295,7 +332,7 @@ class Supervisor:
         except EngineError:
             entry.record = before
             raise
-        self._deadlines_changed.set()
+        self._deadlines.changed()
 
     # What a crash left.
 
@@ -325,27 +362,14 @@ class Supervisor:
         for entry in self._there():
             snapshots.sweep(self._lifecycle.snapshots / entry.record.id)
 
-    # Deadlines.
-
-    async def _keep_deadlines(self) -> None:
-        while True:
-            self._deadlines_changed.clear()
-            now = self._now()
-            running = [entry for entry in self._there() if entry.phase == "running"]
-            for entry in running:
-                if entry.record.end_at <= now:
-                    entry.record = entry.record.model_copy(update={"end_at": now + _RETRY})
-                    self._spawn(self._expire(entry, entry.record.end_at))
-            nearest = min((entry.record.end_at for entry in running), default=None)
-            # Looked at once a minute at least: the loop's clock stands still while the machine is suspended.
-            wait = None if nearest is None else min(_LOOK, (nearest - now).total_seconds())
-            try:
-                async with asyncio.timeout(wait):
-                    await self._deadlines_changed.wait()
-            except TimeoutError:
-                continue
-
     # Small things.
+
+    def _on_deadline(self, entry: Entry) -> None:
+        entry.record = entry.record.model_copy(update={"end_at": self._now() + _RETRY})
+        self._spawn(self._expire(entry, entry.record.end_at))
+
+    def _running(self) -> list[Entry]:
+        return [entry for entry in self._there() if entry.phase == "running"]
 
     def _on_end(self, entry: Entry, container: Container) -> None:
         self._spawn(self._lost(entry, container))
@@ -356,6 +380,11 @@ class Supervisor:
     def _check_there(self, entry: Entry) -> None:
         if entry.phase == "gone":
             raise self._unknown(entry.record.id)
+
+    def _check_awake(self, entry: Entry) -> None:
+        if entry.phase == "paused" and not entry.record.wakes:
+            msg = f"Sandbox {entry.record.id} is paused and traffic does not wake it. Connect to it to resume it."
+            raise NotFoundError(msg, op="connect", sandbox_id=entry.record.id)
 
     def _unknown(self, sandbox_id: str) -> NotFoundError:
         msg = f"Sandbox {sandbox_id!r} doesn't exist or you don't have access to it"
