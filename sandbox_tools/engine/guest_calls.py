@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping
 
-import httpcore
-
-from sandbox_tools.engine.tunnel import Tunnel, TunnelBackend
+from sandbox_tools.engine.http1 import call
+from sandbox_tools.engine.tunnel import Tunnel
 from sandbox_tools.errors import EngineError
 from sandbox_tools.models import ENVD_PORT
+
+_SECONDS = 30.0
+"""How long a guest may take: milliseconds, unless a loaded machine is still paging it in."""
 
 
 async def initialise(tunnel: Tunnel, *, sandbox_id: str, token: str, env: Mapping[str, str]) -> None:
@@ -19,19 +22,15 @@ async def initialise(tunnel: Tunnel, *, sandbox_id: str, token: str, env: Mappin
         EngineError: The guest did not take it.
     """
     body = json.dumps({"accessToken": token, "envVars": dict(env), "lifecycleID": sandbox_id}).encode()
-    async with httpcore.AsyncConnectionPool(network_backend=TunnelBackend(tunnel)) as pool:
-        try:
-            response = await pool.request(
-                "POST",
-                f"http://sandbox:{ENVD_PORT}/init",
-                headers={"Content-Type": "application/json", "Content-Length": str(len(body))},
-                content=body,
-                extensions={"timeout": {"connect": 30.0, "read": 30.0, "write": 30.0}},
+    try:
+        async with asyncio.timeout(_SECONDS):
+            status, answer = await call(
+                tunnel, ENVD_PORT, "POST", "/init", headers={"Content-Type": "application/json"}, body=body
             )
-        except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException) as error:
-            msg = f"The guest could not be initialised: {type(error).__name__} {error}"
-            raise EngineError(msg, op="create", sandbox_id=sandbox_id) from error
+    except (ConnectionError, TimeoutError) as error:
+        msg = f"The guest could not be initialised: {type(error).__name__} {error}"
+        raise EngineError(msg, op="create", sandbox_id=sandbox_id) from error
 
-    if response.status != 204:
-        msg = f"The guest refused its initialisation with {response.status}: {response.content[:300]!r}"
+    if status != 204:
+        msg = f"The guest refused its initialisation with {status}: {answer[:300]!r}"
         raise EngineError(msg, op="create", sandbox_id=sandbox_id)

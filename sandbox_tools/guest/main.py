@@ -44,7 +44,14 @@ that is just being sent would be lost, and code must never be sent twice."""
 
 
 class Server(uvicorn.Server):
-    """A server that leaves signals to the process it runs in."""
+    """A server that leaves signals to the process it runs in, and takes connections that have no socket."""
+
+    def connection(self) -> asyncio.Protocol:
+        """What speaks HTTP on one more connection, once the server has started."""
+        protocol: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        return protocol
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -131,7 +138,8 @@ async def _until_stopped(
         if server.started and tunnel:
             from sandbox_tools.guest.tunnel import serve  # only where there is an engine
 
-            tasks.add(asyncio.create_task(serve(*tunnel)))
+            ports = [each.getsockname()[1] for each in listening]
+            tasks.add(asyncio.create_task(serve(*tunnel, dict.fromkeys(ports, server.connection))))
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:
         server.should_exit = True
