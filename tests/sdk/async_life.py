@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 
 from tests.sdk.steps import AbsentError, Steps, arefused
-from tests.sdk.texts import METADATA, NUMBER, WITNESS, AsyncScreen, auntil, web
+from tests.sdk.texts import METADATA, NUMBER, SERVER, WITNESS, AsyncScreen, auntil, web
 
 step = Steps()
 
@@ -55,6 +55,11 @@ async def a_pause_stops_the_sandbox(my) -> None:
 
 
 @step
+async def a_command_s_stream_that_a_pause_cuts_ends_with_an_error(my) -> None:
+    await arefused(my.says.error(my.says.cut_command), my.witness.wait())
+
+
+@step
 async def a_paused_sandbox_can_t_be_used_or_paused_again(my) -> None:
     assert await my.sandbox.pause() is my.says.second_pause
     await arefused(my.core.TimeoutException, my.sandbox.run_code("1"))
@@ -76,6 +81,12 @@ async def paused_sandboxes_are_listed_by_metadata_and_in_pages(my) -> None:
         assert len(page) <= 1
         found += [info.sandbox_id for info in page]
     assert found == [second.sandbox_id, my.sandbox.sandbox_id]
+
+    if "order" in my.says.has:
+        oldest_first = await my.Sandbox.list(query=query, order="asc").next_items()
+        assert [info.sandbox_id for info in oldest_first] == found[::-1]
+        later = my.core.SandboxQuery(metadata=METADATA, started_after=oldest_first[1].started_at)
+        assert [info.sandbox_id for info in await my.Sandbox.list(query=later).next_items()] == [second.sandbox_id]
 
     assert await second.kill()
     (left,) = await my.Sandbox.list(query=query).next_items()
@@ -197,6 +208,23 @@ async def traffic_wakes_a_sandbox_that_was_made_so(my) -> None:
 
 
 @step
+async def private_traffic_needs_the_sandbox_s_token(my) -> None:
+    if "private traffic" not in my.says.has:
+        raise AbsentError(f"{my.says.package} can't ask for that on a legacy domain")
+
+    sandbox = await my.Sandbox.create(timeout=300, network={"allow_public_traffic": False})
+    await sandbox.commands.run(SERVER, background=True, timeout=0)
+    url, headers = (
+        f"https://{sandbox.get_host(8000)}/page.html",
+        {"E2B-Traffic-Access-Token": sandbox.traffic_access_token},
+    )
+    until(lambda: web().get(url, headers=headers).status_code == 200)
+    assert web().get(url).status_code == 403
+    assert (await sandbox.run_code("1 + 1")).text == "2"
+    assert await sandbox.kill()
+
+
+@step
 async def a_snapshot_makes_sandboxes_with_its_memory(my) -> None:
     if "snapshots" not in my.says.has:
         raise AbsentError(f"{my.says.package} has no snapshots on a legacy domain")
@@ -243,7 +271,7 @@ async def code_whose_sandbox_is_killed_ends_with_an_error(my) -> None:
         killing.append(asyncio.create_task(sandbox.kill()))
 
     endless = "print('started', flush=True)\nimport time\nwhile True: time.sleep(0.1)"
-    await arefused(my.says.error(my.says.cut_short), sandbox.run_code(endless, on_stdout=on_stdout))
+    await arefused(my.says.error(my.says.cut_code), sandbox.run_code(endless, on_stdout=on_stdout))
     await killing[0]
 
 

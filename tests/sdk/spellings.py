@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-import httpx
-
 
 @dataclass(frozen=True, kw_only=True)
 class Spelling:
@@ -28,8 +26,10 @@ class Spelling:
     """From `pause`, for a paused sandbox."""
     gone: str
     """The error of commands and files whose sandbox is no more."""
-    cut_short: str
+    cut_code: str
     """The error of code whose sandbox is killed while it runs."""
+    cut_command: str
+    """The error of a command whose sandbox is paused while it runs."""
     has: frozenset[str]
     """What not every SDK has."""
     secret: dict[str, Any] = field(default_factory=dict)
@@ -40,8 +40,9 @@ class Spelling:
         return importlib.import_module(self.package)
 
     def error(self, name: str) -> type[Exception]:
-        """An error by its name: the package's, or the HTTP client's that it lets through."""
-        kind: type[Exception] = getattr(self.core(), name, None) or getattr(httpx, name)
+        """An error by its name: the package's, or one of the HTTP client that it lets through."""
+        module, _, name = name.rpartition(".")
+        kind: type[Exception] = getattr(importlib.import_module(module or self.package), name)
         return kind
 
     def code(self) -> ModuleType:
@@ -57,8 +58,11 @@ _E2B = Spelling(
     pause_without_memory={"mode": "filesystem"},
     second_pause=False,
     gone="SandboxNotRunningException",
-    cut_short="TimeoutException",
-    has=frozenset(("fork", "code in copies", "snapshots", "reboot", "file metadata", "close stdin")),
+    cut_code="TimeoutException",
+    cut_command="SandboxNotRunningException",
+    has=frozenset(
+        ("fork", "code in copies", "snapshots", "reboot", "file metadata", "close stdin", "order", "private traffic")
+    ),
 )
 _UCLOUD = Spelling(
     package="ucloud_sandbox",
@@ -68,8 +72,11 @@ _UCLOUD = Spelling(
     pause_without_memory={"keep_memory": False},
     second_pause=False,
     gone="TimeoutException",
-    cut_short="TimeoutException",
-    has=frozenset(("fork", "code in copies", "snapshots", "reboot", "file metadata", "close stdin")),
+    cut_code="TimeoutException",
+    cut_command="TimeoutException",
+    has=frozenset(
+        ("fork", "code in copies", "snapshots", "reboot", "file metadata", "close stdin", "order", "private traffic")
+    ),
 )
 _PPIO = Spelling(
     package="ppio_sandbox.core",
@@ -79,8 +86,9 @@ _PPIO = Spelling(
     pause_without_memory=None,
     second_pause=None,
     gone="TimeoutException",
-    cut_short="RemoteProtocolError",
-    has=frozenset(("clone", "code in copies", "snapshots")),
+    cut_code="httpx.RemoteProtocolError",
+    cut_command="httpcore.RemoteProtocolError",
+    has=frozenset(("clone", "code in copies", "snapshots", "private traffic")),
     secret={"hosts": ["example.org"]},
 )
 # On its old domains the SDK refuses by itself what came later, and a copy's own address is out of its reach.
@@ -92,7 +100,8 @@ _PPIO_LEGACY = Spelling(
     pause_without_memory=None,
     second_pause=None,
     gone="TimeoutException",
-    cut_short="RemoteProtocolError",
+    cut_code="httpx.RemoteProtocolError",
+    cut_command="httpcore.RemoteProtocolError",
     has=frozenset(("clone",)),
     secret={"hosts": ["example.org"]},
 )

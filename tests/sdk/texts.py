@@ -33,9 +33,10 @@ READY_THEN_GO = """
 import os, sys, time
 print("ready", flush=True)
 print("warned", file=sys.stderr, flush=True)
-while not os.path.exists("{path}"):
+give_up = time.monotonic() + 20
+while not os.path.exists("{path}") and time.monotonic() < give_up:
     time.sleep(0.05)
-"done"
+os.path.exists("{path}") and "done"
 """
 
 SERVER = (

@@ -44,6 +44,10 @@ step('a_pause_stops_the_sandbox', async (my) => {
   assert.equal((await my.sandbox.getInfo()).state, 'paused')
 })
 
+step('a_command_s_stream_that_a_pause_cuts_ends_with_an_error', async (my) => {
+  await refused(e2b.TimeoutError, my.witness.wait())
+})
+
 step('a_paused_sandbox_can_t_be_used_or_paused_again', async (my) => {
   assert.equal(await my.sandbox.pause(), false)
   await refused(e2b.TimeoutError, my.sandbox.runCode('1'))
@@ -65,6 +69,11 @@ step('paused_sandboxes_are_listed_by_metadata_and_in_pages', async (my) => {
     found.push(...items.map((info) => info.sandboxId))
   }
   assert.deepEqual(found, [second.sandboxId, my.sandbox.sandboxId])
+
+  const oldestFirst = await Sandbox.list({ query, order: 'asc' }).nextItems()
+  assert.deepEqual(oldestFirst.map((info) => info.sandboxId), found.toReversed())
+  const later = { metadata: texts.METADATA, startedAfter: oldestFirst[1].startedAt }
+  assert.deepEqual((await Sandbox.list({ query: later }).nextItems()).map((info) => info.sandboxId), [second.sandboxId])
 
   assert.equal(await second.kill(), true)
   const [left, ...others] = await Sandbox.list({ query }).nextItems()
@@ -166,6 +175,18 @@ step('traffic_wakes_a_sandbox_that_was_made_so', async () => {
   assert.equal((await sandbox.runCode('kept')).text, 'asleep')
   await sandbox.pause()
   assert.equal((await sandbox.commands.run('echo awake')).stdout, 'awake\n')
+  assert.equal(await sandbox.kill(), true)
+})
+
+step('private_traffic_needs_the_sandbox_s_token', async () => {
+  const sandbox = await Sandbox.create({ timeoutMs: 300_000, network: { allowPublicTraffic: false } })
+  const server = await sandbox.commands.run(texts.SERVER, { background: true, timeoutMs: 0 })
+  server.wait().catch(() => {})
+  const url = `https://${sandbox.getHost(8000)}/page.html`
+  const headers = { 'E2B-Traffic-Access-Token': sandbox.trafficAccessToken }
+  await until(async () => (await page(url, headers)).status === 200)
+  assert.equal((await page(url)).status, 403)
+  assert.equal((await sandbox.runCode('1 + 1')).text, '2')
   assert.equal(await sandbox.kill(), true)
 })
 

@@ -59,10 +59,10 @@ export async function until(happens) {
 }
 
 // A client that is nobody's SDK. `fetch` refuses an address with a user in it, which is how a local domain is spelled.
-export function page(url) {
+export function page(url, headers = {}) {
   return new Promise((resolve, reject) => {
     https
-      .get(url, (answer) => {
+      .get(url, { headers }, (answer) => {
         let text = ''
         answer.on('data', (chunk) => (text += chunk))
         answer.on('end', () => resolve({ status: answer.statusCode, text }))

@@ -52,7 +52,7 @@ step('results_come_in_every_kind', async (my) => {
 step('output_streams_while_the_code_runs', async (my) => {
   const heard = []
   const results = []
-  const code = texts.READY_THEN_GO.replace('{path}', '/tmp/go-code')
+  const code = texts.READY_THEN_GO.replaceAll('{path}', '/tmp/go-code')
   const execution = await my.sandbox.runCode(code, {
     // The code goes on only when its first line has been answered.
     onStdout: async (message) => {
