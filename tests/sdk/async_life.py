@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 
 from tests.sdk.steps import AbsentError, Steps, arefused
-from tests.sdk.texts import METADATA, NUMBER, SERVER, WITNESS, AsyncScreen, auntil, web
+from tests.sdk.texts import METADATA, NUMBER, SERVER, WITNESS, AsyncScreen, auntil, until, web
 
 step = Steps()
 
@@ -214,10 +214,8 @@ async def private_traffic_needs_the_sandbox_s_token(my) -> None:
 
     sandbox = await my.Sandbox.create(timeout=300, network={"allow_public_traffic": False})
     await sandbox.commands.run(SERVER, background=True, timeout=0)
-    url, headers = (
-        f"https://{sandbox.get_host(8000)}/page.html",
-        {"E2B-Traffic-Access-Token": sandbox.traffic_access_token},
-    )
+    url = f"https://{sandbox.get_host(8000)}/page.html"
+    headers = {"E2B-Traffic-Access-Token": sandbox.traffic_access_token}
     until(lambda: web().get(url, headers=headers).status_code == 200)
     assert web().get(url).status_code == 403
     assert (await sandbox.run_code("1 + 1")).text == "2"

@@ -50,6 +50,9 @@ class Spelling:
         return importlib.import_module(self.interpreter)
 
 
+_ALL = frozenset(
+    ("fork", "code in copies", "snapshots", "reboot", "file metadata", "close stdin", "order", "private traffic")
+)
 _E2B = Spelling(
     package="e2b",
     interpreter="e2b_code_interpreter",

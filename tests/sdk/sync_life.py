@@ -202,10 +202,8 @@ def private_traffic_needs_the_sandbox_s_token(my) -> None:
 
     sandbox = my.Sandbox.create(timeout=300, network={"allow_public_traffic": False})
     sandbox.commands.run(SERVER, background=True, timeout=0)
-    url, headers = (
-        f"https://{sandbox.get_host(8000)}/page.html",
-        {"E2B-Traffic-Access-Token": sandbox.traffic_access_token},
-    )
+    url = f"https://{sandbox.get_host(8000)}/page.html"
+    headers = {"E2B-Traffic-Access-Token": sandbox.traffic_access_token}
     until(lambda: web().get(url, headers=headers).status_code == 200)
     assert web().get(url).status_code == 403
     assert (sandbox.run_code("1 + 1")).text == "2"
