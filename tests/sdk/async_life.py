@@ -261,6 +261,33 @@ async def copies_have_the_memory_and_go_their_own_ways(my) -> None:
 
 
 @step
+async def what_only_a_cloud_has_is_refused_in_words(my) -> None:
+    """By an error of the SDK's own, not by a crash of it."""
+    core, sandbox = my.core, my.sandbox
+    calls = [
+        my.Sandbox.create(volume_mounts={"/mnt/data": "a-volume"}),
+        core.AsyncVolume.create("a-volume"),
+        core.AsyncSecret.create(name="a-secret", value="its value", **my.says.secret),
+        core.AsyncTemplate.build(core.AsyncTemplate().from_python_image("3"), "a-template"),
+    ]
+    if "accounts" in my.says.has:
+        calls += [
+            my.Sandbox.create(secret_envs={"TOKEN": "a-secret"}),
+            my.Sandbox.get_quota(),
+            my.Sandbox.get_events(),
+            sandbox.set_network(deny_out=["0.0.0.0/0"]),
+            sandbox.mount_volume("a-volume", "/mnt/data"),
+            sandbox.hotplug_memory(512),
+        ]
+    else:
+        calls.append(sandbox.update_network({"deny_out": ["0.0.0.0/0"]}))
+    for call in calls:
+        error = await arefused(Exception, call)
+        assert type(error).__module__.startswith(my.says.package), repr(error)
+        assert "local engine" in str(error) or "on legacy domains" in str(error), repr(error)
+
+
+@step
 async def code_whose_sandbox_is_killed_ends_with_an_error(my) -> None:
     sandbox = await my.Sandbox.create(timeout=300)
     killing: list[asyncio.Task] = []
@@ -307,17 +334,3 @@ async def what_was_never_there_is_refused(my) -> None:
 async def a_wrong_key_is_refused(my) -> None:
     await arefused(my.core.AuthenticationException, my.Sandbox.create(api_key="e2b_wrong"))
     await arefused(my.core.AuthenticationException, my.Sandbox.list(api_key="e2b_wrong").next_items())
-
-
-@step
-async def what_only_a_cloud_has_is_refused_in_words(my) -> None:
-    """By an error of the SDK's own, not by a crash of it."""
-    core = my.core
-    await arefused(core.SandboxException, my.Sandbox.create(volume_mounts={"/mnt/data": "a-volume"}))
-    for call in (
-        core.AsyncVolume.create("a-volume"),
-        core.AsyncSecret.create(name="a-secret", value="its value", **my.says.secret),
-        core.AsyncTemplate.build(core.AsyncTemplate().from_python_image("3"), "a-template"),
-    ):
-        error = await arefused(Exception, call)
-        assert type(error).__module__.startswith(my.says.package), repr(error)

@@ -91,7 +91,7 @@ _PPIO = Spelling(
     gone="TimeoutException",
     cut_code="httpx.RemoteProtocolError",
     cut_command="httpcore.RemoteProtocolError",
-    has=frozenset(("clone", "code in copies", "snapshots", "private traffic")),
+    has=frozenset(("clone", "code in copies", "snapshots", "private traffic", "accounts")),
     secret={"hosts": ["example.org"]},
 )
 # On its old domains the SDK refuses by itself what came later, and a copy's own address is out of its reach.
@@ -105,7 +105,7 @@ _PPIO_LEGACY = Spelling(
     gone="TimeoutException",
     cut_code="httpx.RemoteProtocolError",
     cut_command="httpcore.RemoteProtocolError",
-    has=frozenset(("clone",)),
+    has=frozenset(("clone", "accounts")),
     secret={"hosts": ["example.org"]},
 )
 SPELLINGS = {"e2b": _E2B, "ppio": _PPIO, "ppio-legacy": _PPIO_LEGACY, "ucloud": _UCLOUD}

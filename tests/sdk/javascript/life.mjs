@@ -221,6 +221,20 @@ step('copies_have_the_memory_and_go_their_own_ways', async (my) => {
   for (const copy of copies) assert.equal(await copy.kill(), true)
 })
 
+step('what_only_a_cloud_has_is_refused_in_words', async (my) => {
+  const template = e2b.Template().fromPythonImage('3')
+  for (const call of [
+    () => Sandbox.create({ volumeMounts: { '/mnt/data': 'a-volume' } }),
+    () => e2b.Volume.create('a-volume'),
+    () => e2b.Secret.create('a-secret', 'its value'),
+    () => e2b.Template.build(template, 'a-template'),
+    () => my.sandbox.updateNetwork({ denyOut: ['0.0.0.0/0'] }),
+  ]) {
+    const error = await refused(Error, call())
+    assert.match(error.message, /local engine/)
+  }
+})
+
 step('code_whose_sandbox_is_killed_ends_with_an_error', async () => {
   const sandbox = await Sandbox.create({ timeoutMs: 300_000 })
   let killing
@@ -257,11 +271,4 @@ step('what_was_never_there_is_refused', async () => {
 step('a_wrong_key_is_refused', async () => {
   await refused(e2b.AuthenticationError, Sandbox.create({ apiKey: 'e2b_wrong' }))
   await refused(e2b.AuthenticationError, Sandbox.list({ apiKey: 'e2b_wrong' }).nextItems())
-})
-
-step('what_only_a_cloud_has_is_refused_in_words', async () => {
-  await refused(e2b.SandboxError, Sandbox.create({ volumeMounts: { '/mnt/data': 'a-volume' } }))
-  await refused(e2b.VolumeError, e2b.Volume.create('a-volume'))
-  await refused(e2b.SecretError, e2b.Secret.create('a-secret', 'its value'))
-  await refused(Error, e2b.Template.build(e2b.Template().fromPythonImage('3'), 'a-template'))
 })

@@ -31,6 +31,7 @@ export async function take(my) {
     } finally {
       clearTimeout(watchdog)
     }
+    if (!my.sandbox) return // none of the others can be taken
   }
 }
 
