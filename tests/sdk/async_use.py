@@ -73,10 +73,12 @@ async def output_streams_while_the_code_runs(my) -> None:
     """The code goes on only when its first line has been answered."""
     heard: list[str] = []
 
-    async def on_stdout(message) -> None:
+    answers: list[asyncio.Task] = []
+
+    def on_stdout(message) -> None:  # not every SDK awaits what a callback returns
         heard.append(message.line)
         if "ready" in message.line:
-            await my.sandbox.files.write("/tmp/go-code", "")
+            answers.append(asyncio.create_task(my.sandbox.files.write("/tmp/go-code", "")))
 
     results: list[str] = []
     execution = await my.sandbox.run_code(
