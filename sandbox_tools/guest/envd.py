@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from sandbox_tools.guest import files
+from sandbox_tools.guest import files, filesystem
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -34,6 +34,7 @@ def create_app(settings: Settings) -> ASGIApp:
             Route("/init", _init, methods=["POST"]),
             Route("/envs", _envs),
             *files.routes(),
+            *filesystem.routes(),
         ],
         exception_handlers={HTTPException: _error},
     )
