@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from sandbox_tools.guest import files, process
+from sandbox_tools.guest import files, filesystem, process
 from sandbox_tools.guest.processes import Processes
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def create_app(settings: Settings, processes: Processes | None = None) -> ASGIAp
             Route("/init", _init, methods=["POST"]),
             Route("/envs", _envs),
             *files.routes(),
+            *filesystem.routes(),
             *process.routes(settings, processes or Processes()),
         ],
         exception_handlers={HTTPException: _error},
