@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import pwd
 import signal
 import socket
 import sys
@@ -18,8 +17,10 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from sandbox_tools.guest import envd, interpreter
+from sandbox_tools.guest.accounts import account as account_of
 from sandbox_tools.guest.contexts import Contexts
-from sandbox_tools.guest.kernels import Account, Launch
+from sandbox_tools.guest.kernels import Launch
+from sandbox_tools.guest.processes import Processes
 from sandbox_tools.guest.settings import Settings
 
 if TYPE_CHECKING:
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 ENVD_PORT = 49983
 INTERPRETER_PORT = 49999
 """Both as in `sandbox_tools.models`, which is not in the sandbox."""
-
-USER = "user"
 
 MEMORY_KEPT = 256 << 20
 """Bytes that a kernel leaves for the guest itself, so that code fails with a `MemoryError` before the sandbox does."""
@@ -87,7 +86,11 @@ def main() -> None:
 async def _serve(arguments: argparse.Namespace, tunnel: tuple[int, int] | None) -> None:
     settings = Settings()
     with tempfile.TemporaryDirectory(prefix="kernels-", dir=arguments.runtime_dir, ignore_cleanup_errors=True) as path:
-        account = _account()
+        account = account_of()
+        if account.uid is not None:
+            # A root file system that an ordinary user unpacked belongs to root throughout.
+            for each in (account.home, *account.home.rglob("*")):
+                account.own(each)
         launch = Launch(
             account=account,
             directory=Path(path),
@@ -97,11 +100,12 @@ async def _serve(arguments: argparse.Namespace, tunnel: tuple[int, int] | None) 
         )
         account.own(launch.directory)
         app = interpreter.create_app(Contexts(launch, settings))
+        processes = Processes()
         listening = [_listen(arguments.envd_port), _listen(arguments.interpreter_port)]
         ports = [each.getsockname()[1] for each in listening]
         server = Server(
             uvicorn.Config(
-                PortSwitch(dict(zip(ports, (envd.create_app(settings), app), strict=True)), lifespan=app),
+                PortSwitch(dict(zip(ports, (envd.create_app(settings, processes), app), strict=True)), lifespan=app),
                 http="httptools",
                 ws="none",
                 lifespan="on",
@@ -116,7 +120,10 @@ async def _serve(arguments: argparse.Namespace, tunnel: tuple[int, int] | None) 
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stopping.set)
 
-        await _until_stopped(server, listening, stopping, tunnel)
+        try:
+            await _until_stopped(server, listening, stopping, tunnel)
+        finally:
+            processes.kill()
 
 
 async def _until_stopped(
@@ -162,20 +169,6 @@ def _listen(port: int) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listening.bind(("127.0.0.1", port))
     return listening
-
-
-def _account() -> Account:
-    if os.geteuid() == 0:
-        with contextlib.suppress(KeyError):
-            user = pwd.getpwnam(USER)
-            account = Account(name=USER, home=Path(user.pw_dir), uid=user.pw_uid, gid=user.pw_gid)
-            # A root file system that an ordinary user unpacked belongs to root throughout.
-            for path in (account.home, *account.home.rglob("*")):
-                account.own(path)
-            return account
-
-    me = pwd.getpwuid(os.geteuid())
-    return Account(name=me.pw_name, home=Path(me.pw_dir))
 
 
 def _memory_limit() -> int:
