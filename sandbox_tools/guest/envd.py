@@ -12,6 +12,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from starlette.requests import Request
     from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -23,13 +25,18 @@ OPEN = {("GET", "/health"), ("GET", "/files"), ("POST", "/files"), ("POST", "/in
 """Routes that need no token: `/files` checks its own signatures, and the engine lets nobody else reach `/init`."""
 
 
-def create_app(settings: Settings) -> ASGIApp:
-    """The application. Every answer that is an error is JSON with `code` and `message`."""
+def create_app(settings: Settings, internal: Sequence[Route] = ()) -> ASGIApp:
+    """The application. Every answer that is an error is JSON with `code` and `message`.
+
+    Args:
+        internal: Routes that are the engine's own; it lets nobody else through to them.
+    """
     app = Starlette(
         routes=[
             Route("/health", _health),
             Route("/init", _init, methods=["POST"]),
             Route("/envs", _envs),
+            *internal,
         ],
         exception_handlers={HTTPException: _error},
     )
