@@ -1,4 +1,4 @@
-"""The bodies of the control plane that only the engine reads and writes; those shared with the client are in `models`."""
+"""The bodies of the control plane that only the engine reads and writes; those of both sides are in `models`."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ class Filter(Wire):
 class ListQuery(Filter):
     """Of `GET /v2/sandboxes`."""
 
-    state: str = "running,paused"
+    state: Annotated[str, Field(pattern="^(running|paused)(,(running|paused))*$")] = "running,paused"
     """`running`, `paused`, or both joined by a comma."""
     order: Order | None = None
     started_after: AwareDatetime | None = None

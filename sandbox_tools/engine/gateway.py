@@ -3,80 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
-import re
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 
 import httpcore
-from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from sandbox_tools.engine.supervisor import Supervisor
+from sandbox_tools.engine.routing import Address
 from sandbox_tools.engine.tunnel import Tunnel, TunnelBackend
-from sandbox_tools.errors import NotFoundError
-from sandbox_tools.models import ENVD_PORT, INTERPRETER_PORT
 
 # RFC 9110 section 7.6.1: these are between two hops and not passed on.
 _HOP_BY_HOP = frozenset(
     (b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade")
 )
-_HOST = re.compile(r"^(\d+)-([a-z0-9]+)(-[a-z0-9]+)?\.")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Address:
-    """A port of a sandbox."""
-
-    sandbox_id: str
-    port: int
-
-
-def address_of(headers: Headers) -> Address | None:
-    """Whose traffic a request is, by E2B's routing headers or its host name; None: the control plane's."""
-    sandbox_id, port = headers.get("e2b-sandbox-id"), headers.get("e2b-sandbox-port")
-    if sandbox_id and port and port.isdecimal():
-        return Address(sandbox_id=sandbox_id.partition("-")[0], port=int(port))
-    if match := _HOST.match(headers.get("host", "")):
-        return Address(sandbox_id=match[2], port=int(match[1]))
-    return None
-
-
-class Gateway:
-    """The ASGI application behind every sandbox's address."""
-
-    def __init__(self, supervisor: Supervisor) -> None:
-        self._supervisor = supervisor
-
-    async def __call__(self, address: Address, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request to a port of a sandbox."""
-        try:
-            entry = self._supervisor.entry(address.sandbox_id)
-        except NotFoundError:
-            await _not_found(address)(scope, receive, send)
-            return
-
-        if entry.tunnel is None:
-            await _not_found(address)(scope, receive, send)
-            return
-
-        if address.port == ENVD_PORT and scope["path"] == "/init":
-            # How the engine itself tells a guest whose it is; from outside there is no such route.
-            await JSONResponse({"code": 404, "message": "not found"}, 404)(scope, receive, send)
-            return
-
-        token = Headers(scope=scope).get("x-access-token")
-        needed = entry.record.secure and address.port == INTERPRETER_PORT and scope["path"] == "/execute"
-        if (token is not None or needed) and not hmac.compare_digest(token or "", entry.record.token):
-            message = "unauthorized access, please provide a valid access token"
-            await JSONResponse({"code": 401, "message": message}, 401)(scope, receive, send)
-            return
-
-        await _forward(entry.tunnel, address, scope, receive, send)
-
-
-async def _forward(tunnel: Tunnel, address: Address, scope: Scope, receive: Receive, send: Send) -> None:
+async def forward(
+    tunnel: Tunnel,
+    address: Address,
+    headers: list[tuple[bytes, bytes]],
+    scope: Scope,
+    receive: Receive,
+    send: Send,
+) -> None:
     """Pass one request and its answer through, each at the pace of its reader.
 
     A client that goes away takes its connection inside with it; a sandbox that goes away breaks the client's
@@ -86,7 +35,7 @@ async def _forward(tunnel: Tunnel, address: Address, scope: Scope, receive: Rece
     request = httpcore.Request(
         scope["method"],
         httpcore.URL(scheme=b"http", host=b"sandbox", port=address.port, target=_target(scope)),
-        headers=[(name, value) for name, value in scope["headers"] if name not in _HOP_BY_HOP],
+        headers=[(name, value) for name, value in headers if name not in _HOP_BY_HOP],
         content=_body(receive, gone),
     )
     # A connection for each request: none is left over from before a pause, and nothing is ever sent twice.

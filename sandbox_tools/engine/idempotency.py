@@ -62,8 +62,9 @@ class Keys:
         self._prune()
         made = self._made.get(key)
         if made is None:
-            made = self._made[key] = _Made(digest=body, at=self._now(), task=make())
-            made.task.add_done_callback(lambda task: self._settle(key, made, task))
+            task = make()
+            fresh = made = self._made[key] = _Made(digest=body, at=self._now(), task=task)
+            task.add_done_callback(lambda done: self._settle(key, fresh, done))
         elif made.digest != body:
             msg = f"The idempotency key {key!r} was used for another request. Use a key of its own for each request."
             raise APIError(msg, status_code=422, error_code="idempotency_request_mismatch", op="create")

@@ -17,12 +17,12 @@ from typing import Any, Literal
 
 from sandbox_tools.engine import snapshots, templates
 from sandbox_tools.engine.bundle import write_bundle
-from sandbox_tools.engine.guest_calls import initialise, reboot
+from sandbox_tools.engine.guest_calls import check_health, initialise, reboot
 from sandbox_tools.engine.records import RECORD, Record
 from sandbox_tools.engine.runtime import Container, Runtime
 from sandbox_tools.engine.saved import Origin
 from sandbox_tools.engine.tunnel import Tunnel
-from sandbox_tools.errors import EngineError
+from sandbox_tools.errors import EngineError, ServerError
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +77,10 @@ class Lifecycle:
             directory=self._directory(entry) / f"run-{record.run}",
             binary=self._template_directory / "runsc" / record.runsc,
         )
+
+    def resident_bytes(self, entry: Entry) -> int:
+        """RAM that the sandbox holds on the host now; 0 if it is gone."""
+        return self.runtime.resident_bytes(self.container(entry))
 
     async def create(self, entry: Entry, origin: Origin, env: Mapping[str, str] | None) -> None:
         """Bring a new sandbox up; where that fails nothing is left of it.
@@ -177,6 +181,22 @@ class Lifecycle:
             except EngineError:
                 # Adopting thaws too. Where that fails as well it is without a tunnel, and whoever connects tries again.
                 await self.adopt(entry)
+
+    async def check_health(self, entry: Entry) -> None:
+        """Have a sign of life from the guest of a running sandbox.
+
+        Raises:
+            ServerError: 503, it gave none.
+        """
+        record = entry.record
+        try:
+            if entry.tunnel is None:
+                msg = "it can't be reached"
+                raise EngineError(msg)
+            await check_health(entry.tunnel, sandbox_id=record.id, token=record.token)
+        except EngineError as error:
+            msg = f"The guest of sandbox {record.id} does not answer ({error}). It was not paused and goes on running."
+            raise ServerError(msg, status_code=503, op="pause", sandbox_id=record.id) from error
 
     async def restart(self, entry: Entry) -> None:
         """Reboot a running sandbox.

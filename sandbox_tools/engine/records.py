@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import secrets
 import string
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from sandbox_tools.engine.bodies import NewSandbox
+from sandbox_tools.engine.saved import Origin
 from sandbox_tools.engine.snapshots import write_durably
 from sandbox_tools.models import DEFAULT_TIMEOUT, Lifecycle, SandboxGrant, SandboxInfo, State
 
@@ -143,6 +145,60 @@ def new_run() -> str:
     return secrets.token_hex(4)
 
 
+def new_token() -> str:
+    """What callers of a sandbox must send."""
+    return secrets.token_hex(24)
+
+
 def new_id() -> str:
     """A sandbox id as E2B's edge accepts it: lower-case letters and digits, `i` first."""
     return "i" + "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(20))
+
+
+def new_record(
+    origin: Origin, *, now: datetime, timeout: int, request: NewSandbox, mark: IdempotencyMark | None = None
+) -> Record:
+    """The record of a sandbox that is about to be created."""
+    waking = request.auto_resume.enabled if request.auto_resume else False
+    if request.auto_resume is None and request.auto_pause and request.metadata.get("auto_resume") == "true":
+        # How PPIO's legacy domain is asked for it (PROTOCOL.md section 1.5).
+        waking = True
+    private = request.network is not None and request.network.allow_public_traffic is False
+    return Record(
+        id=new_id(),
+        template=origin.template,
+        template_name=origin.name,
+        runsc=origin.runsc,
+        state="running",
+        run=new_run(),
+        started_at=now,
+        end_at=now + timedelta(seconds=timeout),
+        auto_pause=request.auto_pause,
+        auto_resume=waking,
+        secure=request.secure,
+        token=new_token(),
+        memory_mb=origin.memory_mb,
+        metadata=request.metadata,
+        timeout=timeout,
+        auto_pause_memory=request.auto_pause_memory,
+        traffic_token=new_token() if private else None,
+        network=request.network.model_dump(by_alias=True, exclude_none=True) if request.network else None,
+        idempotency=mark,
+    )
+
+
+def copied(record: Record, *, now: datetime, timeout: int) -> Record:
+    """The record of a copy: another sandbox with tokens of its own, and all else as it was asked for."""
+    return record.model_copy(
+        update={
+            "id": new_id(),
+            "run": new_run(),
+            "started_at": now,
+            "end_at": now + timedelta(seconds=timeout),
+            "timeout": timeout,
+            "token": new_token(),
+            "traffic_token": None if record.traffic_token is None else new_token(),
+            "earlier_starts": [],
+            "idempotency": None,
+        }
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection
 from pathlib import Path
 
 from sandbox_tools.engine.lifecycle import Entry, Lifecycle
@@ -40,13 +40,14 @@ async def take_over(lifecycle: Lifecycle, entry: Entry) -> bool:
     return False
 
 
-async def sweep(lifecycle: Lifecycle, entries: Mapping[str, Entry], binary: Path) -> None:
+async def sweep(lifecycle: Lifecycle, entries: Collection[Entry], binary: Path) -> None:
     """Remove what no record speaks of: containers, directories and half-written snapshots.
 
     Args:
         binary: The `runsc` to end with what nobody knows.
     """
-    running = {lifecycle.container(entry).id for entry in entries.values() if entry.phase == "running"}
+    known = {entry.record.id for entry in entries}
+    running = {lifecycle.container(entry).id for entry in entries if entry.phase == "running"}
     for container_id in lifecycle.runtime.known():
         if container_id not in running:
             sandbox_id, _, run = container_id.rpartition("-")
@@ -54,9 +55,9 @@ async def sweep(lifecycle: Lifecycle, entries: Mapping[str, Entry], binary: Path
             await lifecycle.runtime.kill(Container(id=container_id, directory=directory, binary=binary))
     for parent in (lifecycle.sandboxes, lifecycle.snapshots):
         for directory in parent.iterdir():
-            if directory.name not in entries:
+            if directory.name not in known:
                 await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
-    for entry in entries.values():
+    for entry in entries:
         # Half-written ones, and whole ones that a crash has kept from becoming the truth, or from being removed after.
         needed = entry.record.snapshot if entry.record.state == "paused" else None
         for path in (lifecycle.snapshots / entry.record.id).glob("*"):

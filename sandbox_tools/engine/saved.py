@@ -53,6 +53,8 @@ class Snapshot(BaseModel):
     memory_mb: int
     memory: bool
     created_at: datetime
+    size: int = 0
+    """Bytes on disk; known once it is written."""
 
     @property
     def reference(self) -> str:
@@ -102,7 +104,8 @@ class Saved:
             else:
                 # A half-written one has its description already, under another directory's name.
                 if path.name == snapshot.id:
-                    self._held[snapshot.id] = _Held(snapshot)
+                    size = sum(file.stat().st_size for file in path.iterdir())
+                    self._held[snapshot.id] = _Held(snapshot.model_copy(update={"size": size}))
                 else:
                     shutil.rmtree(path, ignore_errors=True)
 
@@ -120,8 +123,8 @@ class Saved:
 
     def names(self, snapshot: Snapshot) -> list[str]:
         """The names that lead to it: one that a newer snapshot has taken over does not."""
-        newest = next((each for each in self.all() if each.name == snapshot.name), None)
-        return [snapshot.name] if snapshot.name and newest is snapshot else []
+        newest = next((each for each in self.all() if each.name == snapshot.name), snapshot)
+        return [snapshot.name] if snapshot.name and newest.id == snapshot.id else []
 
     def find(self, reference: str) -> Snapshot | None:
         """The snapshot of that id or name, with or without its tag; the newest, of one name. None: there is none."""

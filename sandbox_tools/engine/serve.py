@@ -16,7 +16,8 @@ from pathlib import Path
 
 import uvicorn
 
-from sandbox_tools.engine.api import Engine, application
+from sandbox_tools.engine.api import Engine
+from sandbox_tools.engine.front import Front
 from sandbox_tools.engine.runsc import Runsc
 from sandbox_tools.engine.supervisor import Supervisor
 from sandbox_tools.engine.templates import DEFAULT_MEMORY_MB, prepare
@@ -93,7 +94,7 @@ async def _serve(
         last_request = asyncio.get_running_loop().time()
 
     config = uvicorn.Config(
-        application(engine, api_key=api_key, on_request=on_request),
+        Front(engine, api_key=api_key, on_request=on_request),
         log_config=None,
         access_log=False,
         lifespan="off",

@@ -20,6 +20,8 @@ from jupyter_client.manager import AsyncKernelManager
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
+    from sandbox_tools.guest.accounts import Account
+
 logger = logging.getLogger(__name__)
 
 TICK = 0.25
@@ -36,8 +38,6 @@ QUEUED = 16
 """Messages that wait in the guest's socket at most; up to ZeroMQ's thousand more wait in the kernel."""
 
 STDERR_TAIL = 4096  # bytes
-
-PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 IN_KERNEL = Path(__file__).with_name("in_kernel.py")
 
@@ -60,34 +60,6 @@ ARGUMENTS = (
 
 class KernelDiedError(Exception):
     """Raised when the kernel's process has ended; the text says how."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Account:
-    """Who the user's code runs as."""
-
-    name: str
-    home: Path
-    uid: int | None = None
-    """None: as the guest itself, whoever that is."""
-    gid: int | None = None
-
-    def environment(self) -> dict[str, str]:
-        """What a login gives, and a matplotlib that draws into results."""
-        return {
-            "HOME": str(self.home),
-            "USER": self.name,
-            "LOGNAME": self.name,
-            "SHELL": "/bin/bash",
-            "LANG": "C.UTF-8",
-            "PATH": f"{self.home}/.local/bin:{PATH}" if self.uid is not None else os.environ.get("PATH", PATH),
-            "MPLBACKEND": "module://matplotlib_inline.backend_inline",
-        }
-
-    def own(self, path: Path) -> None:
-        """Hands a file or directory over to this account."""
-        if self.uid is not None and self.gid is not None:
-            os.chown(path, self.uid, self.gid)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,7 +128,7 @@ class Kernel:
                     **env,
                 },
                 **switch,
-                **({"extra_groups": []} if switch else {}),
+                **({"extra_groups": account.groups} if switch else {}),
             )
         except BaseException:
             os.close(reading)

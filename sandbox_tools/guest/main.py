@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import pwd
 import signal
 import socket
 import sys
@@ -18,8 +17,9 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from sandbox_tools.guest import envd, interpreter, reboot
+from sandbox_tools.guest.accounts import account as account_of
 from sandbox_tools.guest.contexts import Contexts
-from sandbox_tools.guest.kernels import Account, Launch
+from sandbox_tools.guest.kernels import Launch
 from sandbox_tools.guest.settings import Settings
 
 if TYPE_CHECKING:
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 ENVD_PORT = 49983
 INTERPRETER_PORT = 49999
 """Both as in `sandbox_tools.models`, which is not in the sandbox."""
-
-USER = "user"
 
 MEMORY_KEPT = 256 << 20
 """Bytes that a kernel leaves for the guest itself, so that code fails with a `MemoryError` before the sandbox does."""
@@ -80,7 +78,11 @@ def main() -> None:
 async def _serve(arguments: argparse.Namespace, tunnel: tuple[int, int] | None) -> None:
     settings = Settings()
     with tempfile.TemporaryDirectory(prefix="kernels-", dir=arguments.runtime_dir, ignore_cleanup_errors=True) as path:
-        account = _account()
+        account = account_of()
+        if account.uid is not None:
+            # A root file system that an ordinary user unpacked belongs to root throughout.
+            for each in (account.home, *account.home.rglob("*")):
+                account.own(each)
         launch = Launch(
             account=account,
             directory=Path(path),
@@ -156,20 +158,6 @@ def _listen(port: int) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listening.bind(("127.0.0.1", port))
     return listening
-
-
-def _account() -> Account:
-    if os.geteuid() == 0:
-        with contextlib.suppress(KeyError):
-            user = pwd.getpwnam(USER)
-            account = Account(name=USER, home=Path(user.pw_dir), uid=user.pw_uid, gid=user.pw_gid)
-            # A root file system that an ordinary user unpacked belongs to root throughout.
-            for path in (account.home, *account.home.rglob("*")):
-                account.own(path)
-            return account
-
-    me = pwd.getpwuid(os.geteuid())
-    return Account(name=me.pw_name, home=Path(me.pw_dir))
 
 
 def _memory_limit() -> int:

@@ -15,8 +15,9 @@ import pytest_asyncio
 import uvicorn
 
 from sandbox_tools.guest import envd, interpreter
+from sandbox_tools.guest.accounts import Account
 from sandbox_tools.guest.contexts import Contexts
-from sandbox_tools.guest.kernels import Account, Launch
+from sandbox_tools.guest.kernels import Launch
 from sandbox_tools.guest.main import Server
 from sandbox_tools.guest.settings import Settings
 
