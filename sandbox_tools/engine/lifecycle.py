@@ -11,7 +11,7 @@ import contextlib
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -102,10 +102,11 @@ class Lifecycle:
 
         self._runs(entry)
 
-    async def resume(self, entry: Entry, end: datetime, *, memory: bool, changes: Mapping[str, Any]) -> None:
+    async def resume(self, entry: Entry, lifetime: timedelta, *, memory: bool, changes: Mapping[str, Any]) -> None:
         """Bring a paused sandbox back; where that fails it stays paused, its snapshot untouched.
 
         Args:
+            lifetime: How long it will run.
             memory: Whether its memory and processes come back too; without, as after a reboot.
             changes: Of the record, from then on.
         """
@@ -114,7 +115,8 @@ class Lifecycle:
         entry.phase = "resuming"
         try:
             await asyncio.to_thread(snapshots.verify, snapshot, cpu=templates.cpu())
-            entry.record = paused.resumed(self._now(), end).model_copy(update=dict(changes))
+            now = self._now()
+            entry.record = paused.resumed(now, now + lifetime).model_copy(update=dict(changes))
             tunnel = await self._start_run(entry, snapshot)
             if paused.pause_memory and not memory:
                 await reboot(tunnel, sandbox_id=paused.id, token=paused.token)

@@ -139,9 +139,7 @@ class Transitions:
     ) -> None:
         self._sandboxes.check_room("connect")
         rebooted = not (memory and entry.record.pause_memory)
-        await self._lifecycle.resume(
-            entry, self._now() + timedelta(seconds=seconds), memory=memory, changes=changes or {}
-        )
+        await self._lifecycle.resume(entry, timedelta(seconds=seconds), memory=memory, changes=changes or {})
         self._journal.note(entry.record.id, "resumed without its memory" if rebooted else "resumed")
         self._on_deadline_moved()
 
