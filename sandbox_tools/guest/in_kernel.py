@@ -1,7 +1,7 @@
-"""Runs inside each Python kernel, before the user's code: the reins that the guest holds there.
+"""Runs inside each kernel that is a Python process: starts it, and holds the guest's reins there.
 
-The guest sends this file's text to the kernel, which keeps it as the module `_sandbox`: the kernel's user cannot read
-the guest's own files, and no path of the guest is put before the user's.
+The process reads this file's text from its standard input and keeps it as the module `_sandbox`: the kernel's user
+cannot read the guest's own files, and no path of the guest is put before the user's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from ipykernel.iostream import OutStream
-from IPython.core.getipython import get_ipython
+from ipykernel.ipkernel import IPythonKernel
+from ipykernel.kernelapp import IPKernelApp
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -57,14 +58,27 @@ class Forgetful(dict[int, list[Any]]):
         return []
 
 
-def tame_output() -> None:
+def run_kernel(kind: type) -> None:
+    """Runs a kernel of that class until it is told to end."""
+    app: Any = IPKernelApp.instance(kernel_class=kind)
+    app.initialize(sys.argv[1:])
+    tame_output(app)
+    app.start()
+
+
+def run_python() -> None:
+    """Runs a kernel for Python."""
+    run_kernel(IPythonKernel)
+
+
+def tame_output(app: Any) -> None:
     """Makes output wait for the guest, where ZeroMQ would drop what is too much, and forgets it once it is sent."""
-    shell: Any = get_ipython()
-    shell.history_manager.outputs = Forgetful()
+    if app.shell is not None:
+        app.shell.history_manager.outputs = Forgetful()
     for stream in (sys.stdout, sys.stderr):
         stream.__class__ = PacedStream
 
-    thread = shell.kernel.iopub_thread
+    thread = app.iopub_thread
     schedule = thread.schedule
 
     def at_once_or_scheduled(action: Callable[[], None]) -> None:
