@@ -117,6 +117,8 @@ class Kernel:
         asyncio.get_running_loop().add_reader(reading, kernel._read_stderr)
         try:
             await kernel._become_ready()
+            if language.script and language.script.prelude:
+                await kernel._arrange(language.script.prelude)
             await kernel.limit_memory(launch.memory_limit)
         except BaseException as error:
             if isinstance(error, KernelDiedError):

@@ -13,6 +13,28 @@ FENCE = "sandbox_fence"
 """Type of the message behind which no output of earlier code can be on its way any more."""
 
 
+GATHER = """\
+(() => {
+  const { Console } = Deno[Deno.internal] ?? {}, { broadcast } = Deno.jupyter;
+  if (!Console) return;
+  let held = [], size = 0, last = 0, timer = null;
+  const flush = globalThis[Symbol.for("sandbox.flush")] = () => {
+    clearTimeout(timer);
+    const ready = held;
+    held = [], size = 0, last = Date.now(), timer = null;
+    for (const [name, text] of ready) broadcast("stream", { name, text });
+  };
+  globalThis.console = new Console((text, level) => {
+    const name = level > 1 ? "stderr" : "stdout", tail = held.at(-1);
+    if (tail?.[0] === name) tail[1] += text; else held.push([name, text]);
+    size += text.length;
+    if (size > 16384 || Date.now() - last > 50) flush(); else timer ??= setTimeout(flush, 50);
+  });
+})();
+"""
+"""Has Deno gather lines for 50 ms: it would send each by itself, which takes 2 ms a line in a sandbox."""
+
+
 class Script(Protocol):
     """Each method returns code that is run silently; '' where there is nothing to do.
 
@@ -20,6 +42,8 @@ class Script(Protocol):
         ValueError: The language can't hold a variable of that name or value.
     """
 
+    prelude: str
+    """What the kernel is told first."""
     fence: str
     """Sends a `FENCE`. Empty where a kernel's `idle` itself comes after all output."""
 
@@ -42,6 +66,7 @@ class Script(Protocol):
 class PythonScript:
     """By the functions of `in_kernel`, which the kernel keeps as the module `_sandbox`."""
 
+    prelude = ""
     fence = ""
 
     def limit_memory(self, fillable: int) -> str:
@@ -68,6 +93,7 @@ class PythonScript:
 class BashScript:
     """By bash's own words; what is lent is kept in `_sandbox_lent`, as the commands that bring it back."""
 
+    prelude = ""
     fence = ""
 
     def limit_memory(self, fillable: int) -> str:
@@ -97,7 +123,8 @@ class BashScript:
 class DenoScript:
     """By Deno's own environment, which `process.env` shows as well."""
 
-    fence = f'await Deno.jupyter.broadcast("{FENCE}", {{}});'
+    prelude = GATHER
+    fence = f'globalThis[Symbol.for("sandbox.flush")]?.(); await Deno.jupyter.broadcast("{FENCE}", {{}});'
 
     def limit_memory(self, fillable: int) -> str:
         """See `Script`. What V8 has mapped and not filled, some gigabytes, does not count."""
