@@ -1,7 +1,6 @@
 """Runs inside each bash kernel: `bash_kernel`, with the reins that the guest holds there.
 
-The kernel is a Python process that types into a bash behind a terminal. `_sandbox` is `in_kernel`,
-which is loaded first.
+The kernel is a Python process that types into a bash behind a terminal.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import sys
 from typing import Any
 
 import pexpect
-from _sandbox import run_kernel
+from _sandbox_kernel import run_kernel
 from bash_kernel import kernel
 
 PIECE = 64 * 1024
@@ -20,6 +19,9 @@ PIECE = 64 * 1024
 
 PROMPT = 20
 """Characters of a prompt, rounded up."""
+
+SAVED = "bash_kernel: saved "
+"""Begins a line by which `display` and its like, which `bash_kernel` defines, hand over what is to be shown."""
 
 PAUSE = 0.1
 """Seconds after which a line that has not ended is shown."""
@@ -51,7 +53,8 @@ class Conversation(kernel.IREPLWrapper):  # type: ignore[misc]  # bash_kernel is
 
         child, held = self.child, self.child.buffer
         try:
-            while not (found := re.search(f"{self.unique_prompt}([>+])", held)):
+            # Virtual environments put their names before it.
+            while not (found := re.search(rf"(?:\([^()\s]+\) )*{self.unique_prompt}([>+])", held)):
                 lines, end, rest = held.rpartition("\n")
                 if end or len(rest) > PIECE:
                     lines, rest = (lines + end, rest) if end else (rest[:-PROMPT], rest[-PROMPT:])
@@ -98,17 +101,28 @@ class Bash(kernel.BashKernel):  # type: ignore[misc]  # bash_kernel is not typed
         allow_stdin: bool = False,
     ) -> dict[str, Any]:
         """Runs the code as `eval` does: typed in line by line, as the base does it, a line may be eaten as input."""
-        with open(self._cell, "w", encoding="utf-8", errors="replace") as file:
-            file.write(code)
-        command = f"eval \"$(< '{self._cell}')\" </dev/null" if code.strip() else ""
+        reply: dict[str, Any] = {"status": "abort", "execution_count": self.execution_count}
         try:
-            reply: dict[str, Any] = super().do_execute(command, silent, store_history, user_expressions, allow_stdin)
+            with open(self._cell, "w", encoding="utf-8", errors="replace") as file:
+                file.write(code)
+            command = f"eval \"$(< '{self._cell}')\" </dev/null" if code.strip() else ""
+            reply = super().do_execute(command, silent, store_history, user_expressions, allow_stdin)
         except KeyboardInterrupt:
             self.bashwrapper.child.sendintr()
-            reply = {"status": "abort", "execution_count": self.execution_count}
+        except Exception as error:  # no space for the code, for instance
+            content = {"ename": type(error).__name__, "evalue": str(error), "traceback": []}
+            self.send_response(self.iopub_socket, "error", content)
+            return {**reply, **content, "status": "error"}
         if reply["status"] == "abort":
             self._find_prompt()
         return reply
+
+    def process_output(self, output: str) -> None:
+        """Sends output as it is; the base would end every piece of it with a new line."""
+        if SAVED in output:
+            super().process_output(output)
+        elif not self.silent:
+            sys.stdout.write(output)
 
     def send_response(self, stream: Any, msg_or_type: Any, content: Any = None, **more: Any) -> Any:
         """Sends output through standard output, which gathers it and waits for its reader."""
@@ -153,5 +167,7 @@ class Bash(kernel.BashKernel):  # type: ignore[misc]  # bash_kernel is not typed
                 child.sendintr()
 
 
-pexpect.spawn, kernel.IREPLWrapper = Terminal, Conversation
-run_kernel(Bash)
+def run() -> None:
+    """Runs the kernel until it is told to end."""
+    pexpect.spawn, kernel.IREPLWrapper = Terminal, Conversation
+    run_kernel(Bash)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import shutil
 import sys
@@ -22,22 +23,15 @@ CONNECTION_FILE = "{connection_file}"
 
 ALIASES = {"py": "python", "python3": "python", "js": "javascript", "ts": "typescript", "sh": "bash"}
 
-IN_KERNEL = Path(__file__).with_name("in_kernel.py")
-IN_BASH = Path(__file__).with_name("in_bash.py")
-
 FROM_STDIN = "import sys; sys.path.remove(''); exec(compile(sys.stdin.read(), '<sandbox>', 'exec'))"
 """A program that reads itself: the kernel's user can't read the guest's files, and no directory is put in its path."""
 
-AS_MODULE = """\
-def _load(source, file):
-    import types
-    module = sys.modules["_sandbox"] = types.ModuleType("_sandbox")
+LOAD = """\
+import sys, types
+def load(name, source, file):
+    module = sys.modules[name] = types.ModuleType(name)
     exec(compile(source, file, "exec"), module.__dict__)
-_load({source!r}, {file!r})
-del _load
 """
-
-RUN = 'exec(compile({source!r}, {file!r}, "exec"), {{"__name__": "_sandbox_bash"}})\n'
 
 
 class UnknownLanguageError(Exception):
@@ -99,8 +93,15 @@ def available(home: Path) -> list[str]:
     return [*own, *sorted({language for language, _, _ in _kernelspecs(home)} - OWN.keys())]
 
 
+@functools.cache
+def _program(**modules: str) -> str:
+    """What to read from standard input: the files of the guest, by the modules' names, of which the last one runs."""
+    files = [(name, Path(__file__).with_name(f"{file}.py")) for name, file in modules.items()]
+    loads = [f"load({name!r}, {path.read_text(encoding='utf-8')!r}, {str(path)!r})\n" for name, path in files]
+    return f"{LOAD}{''.join(loads)}sys.modules[{files[-1][0]!r}].run()\n"
+
+
 def _python() -> Language:
-    source = AS_MODULE.format(source=IN_KERNEL.read_text(encoding="utf-8"), file=str(IN_KERNEL))
     return Language(
         name=PYTHON,
         command=(
@@ -113,7 +114,7 @@ def _python() -> Language:
             "--InteractiveShell.colors=nocolor",  # tracebacks are read by a model
             "--InteractiveShellApp.exec_PYTHONSTARTUP=False",
         ),
-        program=f'import sys\n{source}sys.modules["_sandbox"].run_python()\n',
+        program=_program(_sandbox_kernel="in_kernel", _sandbox_results="in_results", _sandbox="in_python"),
         # Each thread's own arena would reserve 64 MiB of what is limited, and never fill it.
         heap_limit=lambda _: {"MALLOC_ARENA_MAX": "2"},
         script=PythonScript(),
@@ -124,13 +125,12 @@ def _bash() -> Language | None:
     if not (shutil.which("bash") and importlib.util.find_spec("bash_kernel")):
         return None
 
-    source = AS_MODULE.format(source=IN_KERNEL.read_text(encoding="utf-8"), file=str(IN_KERNEL))
     return Language(
         name="bash",
         command=(sys.executable, "-c", FROM_STDIN, "-f", CONNECTION_FILE),
         # Its terminal is seen by its kernel only: colours and moving cursors would end up in the text.
         env={"PS1": "$", "TERM": "dumb"},
-        program=f"import sys\n{source}{RUN.format(source=IN_BASH.read_text(encoding='utf-8'), file=str(IN_BASH))}",
+        program=_program(_sandbox_kernel="in_kernel", _sandbox="in_bash"),
         script=BashScript(),
     )
 

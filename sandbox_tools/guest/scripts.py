@@ -64,7 +64,7 @@ class Script(Protocol):
 
 
 class PythonScript:
-    """By the functions of `in_kernel`, which the kernel keeps as the module `_sandbox`."""
+    """By the functions of `in_python`, which the kernel keeps as the module `_sandbox`."""
 
     prelude = ""
     fence = ""
