@@ -22,8 +22,8 @@ PORT_CLOSED = "The sandbox is running but port is not open"
 # same (RFC 9110 section 10.1.1), as servers that don't know the question never answer it.
 _EXPECTING = 1.0
 
-# Seconds a server has to close a connection that it was asked to close, before it is broken off.
-_LINGER = 5.0
+LINGER = 5.0
+"""Seconds a server has to close a connection that it was asked to close, before it is broken off."""
 
 
 async def forward(
@@ -43,8 +43,8 @@ async def forward(
     try:
         # A connection for each request: none is left over from before a pause, and nothing is ever sent twice.
         stream = tunnel.begin(address.port)
-    except StreamResetError:
-        await refuse(address, NOT_FOUND)(scope, receive, send)
+    except StreamResetError as error:
+        await JSONResponse(explanation(error, tunnel, address), 502)(scope, receive, send)
         return
 
     inwards = asyncio.create_task(_send_in(stream, scope, headers, receive, proceed))
@@ -53,7 +53,7 @@ async def forward(
             body = await _head(stream, answer, proceed)
         except (StreamResetError, BadAnswerError) as error:
             if not inwards.done():
-                await _explain(error, tunnel, address)(scope, receive, send)
+                await JSONResponse(explanation(error, tunnel, address), 502)(scope, receive, send)
             return
 
         # uvicorn takes the length of a body that can't be there for a promise.
@@ -134,21 +134,17 @@ def _part(stream: Stream, *, politely: bool) -> None:
 
     stream.write_eof()
     if not stream.got_eof:
-        asyncio.get_running_loop().call_later(_LINGER, stream.close, "it was not closed from inside")
+        asyncio.get_running_loop().call_later(LINGER, stream.close, "it was not closed from inside")
 
 
-def _explain(error: StreamResetError | BadAnswerError, tunnel: Tunnel, address: Address) -> JSONResponse:
-    """The answer in place of one that never came."""
+def explanation(error: StreamResetError | BadAnswerError, tunnel: Tunnel, address: Address) -> dict[str, object]:
+    """What is said, with 502, in place of an answer that never came; as E2B's edge does."""
+    body: dict[str, object] = {"sandboxId": address.sandbox_id, "code": 502}
     if not tunnel.attached:
-        return refuse(address, NOT_FOUND)
+        return body | {"message": NOT_FOUND}
     if isinstance(error, StreamResetError) and is_refusal(error):
-        return refuse(address, PORT_CLOSED, port=address.port)
-    return refuse(address, f"The sandbox is running but its port {address.port} gave no answer: {error}")
-
-
-def refuse(address: Address, message: str, **more: object) -> JSONResponse:
-    """A 502, as E2B's edge writes them."""
-    return JSONResponse({"sandboxId": address.sandbox_id, "message": message, **more, "code": 502}, 502)
+        return body | {"message": PORT_CLOSED, "port": address.port}
+    return body | {"message": f"The sandbox is running but its port {address.port} gave no answer: {error}"}
 
 
 def _target(scope: Scope) -> bytes:

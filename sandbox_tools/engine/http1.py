@@ -20,7 +20,7 @@ _HOP_BY_HOP = frozenset(
 _NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _VALUE = re.compile(rb"[^\x00-\x08\x0a-\x1f\x7f]*")
 
-_MAX_HEAD = 1 << 18
+MAX_HEAD = 1 << 18
 """Bytes of a head, beyond which it is not one."""
 
 
@@ -81,8 +81,8 @@ class Answer:
                 msg = f"not an HTTP answer: {error}"
                 raise BadAnswerError(msg) from None
 
-        if not self.status and self._head_bytes > _MAX_HEAD:
-            msg = f"a head of more than {_MAX_HEAD} bytes"
+        if not self.status and self._head_bytes > MAX_HEAD:
+            msg = f"a head of more than {MAX_HEAD} bytes"
             raise BadAnswerError(msg)
 
         pieces, self._body = self._body, []

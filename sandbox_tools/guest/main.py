@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from sandbox_tools.guest import envd, interpreter
+from sandbox_tools.guest import envd, interpreter, reboot
 from sandbox_tools.guest.accounts import account as account_of
 from sandbox_tools.guest.contexts import Contexts
 from sandbox_tools.guest.kernels import Launch
@@ -99,13 +99,15 @@ async def _serve(arguments: argparse.Namespace, tunnel: tuple[int, int] | None) 
             warm_up=arguments.warm_up,
         )
         account.own(launch.directory)
-        app = interpreter.create_app(Contexts(launch, settings))
+        contexts = Contexts(launch, settings)
+        app = interpreter.create_app(contexts)
         processes = Processes()
+        daemon = envd.create_app(settings, processes, reboot.routes(contexts) if tunnel else ())
         listening = [_listen(arguments.envd_port), _listen(arguments.interpreter_port)]
         ports = [each.getsockname()[1] for each in listening]
         server = Server(
             uvicorn.Config(
-                PortSwitch(dict(zip(ports, (envd.create_app(settings, processes), app), strict=True)), lifespan=app),
+                PortSwitch(dict(zip(ports, (daemon, app), strict=True)), lifespan=app),
                 http="httptools",
                 ws="none",
                 lifespan="on",
