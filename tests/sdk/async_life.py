@@ -257,7 +257,7 @@ async def copies_have_the_memory_and_go_their_own_ways(my) -> None:
             assert (await copy.run_code(f"kept['answer'] += {own}; kept['answer']")).text == str(50 + own)
     assert await my.sandbox.files.read("/tmp/copied") == "from the first"
     assert (await my.sandbox.run_code("kept['answer']")).text == "50"
-    assert all(await copy.kill() for copy in copies)
+    assert all([await copy.kill() for copy in copies])
 
 
 @step

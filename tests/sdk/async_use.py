@@ -302,11 +302,9 @@ async def a_watched_directory_tells_what_happens_in_it(my) -> None:
     files, kind = my.sandbox.files, my.core.FilesystemEventType
     await files.make_dir("/tmp/watched")
     seen: set = set()
-    ended = asyncio.Event()
     watch = await files.watch_dir(
         "/tmp/watched",
         on_event=lambda event: seen.add((event.name, event.type)),
-        on_exit=lambda _error: ended.set(),
         recursive=True,
     )
     await files.write("/tmp/watched/new", "1")
@@ -321,7 +319,6 @@ async def a_watched_directory_tells_what_happens_in_it(my) -> None:
     }
     await auntil(lambda: holds(expected <= seen))
     await watch.stop()
-    await ended.wait()
 
 
 @step

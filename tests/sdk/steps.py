@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
-PATIENCE = 60.0
+PATIENCE = 120.0
 """Seconds after which a step that hangs is given up, and the rest of the scenario with it."""
 
 Step = Callable[[Any], Any]

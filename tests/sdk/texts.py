@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
+import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httpx
 
-METADATA = {"made by": "a user & friends=/é", "of": "the scenario"}
-"""With all that the encodings of a query could get wrong."""
+METADATA = {"made by": "a user & friends=/é", "of": uuid.uuid4().hex}
+"""Of one scenario alone, and with all that the encodings of a query could get wrong."""
 
 PLOT = """
 import matplotlib.pyplot as plt

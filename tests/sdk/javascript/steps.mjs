@@ -2,7 +2,7 @@
 import https from 'node:https'
 import { setTimeout as sleep } from 'node:timers/promises'
 
-const PATIENCE = 60_000 // ms after which a step that hangs is given up, and the rest of the scenario with it
+const PATIENCE = 120_000 // ms after which a step that hangs is given up, and the rest of the scenario with it
 const WAIT = 30_000 // ms that something which needs no more than one second is waited for
 
 const all = []
