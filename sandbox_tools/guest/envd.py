@@ -1,4 +1,4 @@
-"""The sandbox's own daemon (port 49983), as far as it goes: its health, and what the engine tells it."""
+"""The sandbox's own daemon (port 49983): its health, what the engine tells it, and who may call the rest of it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from sandbox_tools.guest import files, filesystem
+from sandbox_tools.guest import files, filesystem, metrics
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -35,6 +35,7 @@ def create_app(settings: Settings) -> ASGIApp:
             Route("/envs", _envs),
             *files.routes(),
             *filesystem.routes(),
+            *metrics.routes(),
         ],
         exception_handlers={HTTPException: _error},
     )
