@@ -11,9 +11,12 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from sandbox_tools.guest import files, filesystem, metrics
+from sandbox_tools.guest import files, filesystem, metrics, process
+from sandbox_tools.guest.processes import Processes
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from starlette.requests import Request
     from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -26,8 +29,13 @@ OPEN = {("GET", "/health"), ("POST", "/init")}
 sandbox can become that of its copy. Signatures of file URLs are checked by the engine, which then sends the token."""
 
 
-def create_app(settings: Settings) -> ASGIApp:
-    """The application. Every answer that is an error is JSON with `code` and `message`."""
+def create_app(settings: Settings, processes: Processes | None = None, internal: Sequence[Route] = ()) -> ASGIApp:
+    """The application. Every answer that is an error is JSON with `code` and `message`.
+
+    Args:
+        processes: The sandbox's, for who has to end them. None: nobody has to.
+        internal: Routes that are the engine's own; it lets nobody else through to them.
+    """
     app = Starlette(
         routes=[
             Route("/health", _health),
@@ -36,6 +44,8 @@ def create_app(settings: Settings) -> ASGIApp:
             *files.routes(),
             *filesystem.routes(),
             *metrics.routes(),
+            *process.routes(settings, processes or Processes()),
+            *internal,
         ],
         exception_handlers={HTTPException: _error},
     )
