@@ -21,6 +21,7 @@ from sandbox_tools.engine.front import Front
 from sandbox_tools.engine.runsc import Runsc
 from sandbox_tools.engine.supervisor import Supervisor
 from sandbox_tools.engine.templates import DEFAULT_MEMORY_MB, prepare
+from sandbox_tools.engine.websocket import WebSocketProtocol
 from sandbox_tools.errors import ConfigError, SandboxError
 from sandbox_tools.paths import socket_path, templates_directory
 
@@ -98,6 +99,11 @@ async def _serve(
         log_config=None,
         access_log=False,
         lifespan="off",
+        ws=WebSocketProtocol,
+        # What a sandbox answers is passed on as it is, with its own date.
+        server_header=False,
+        date_header=False,
+        proxy_headers=False,
         timeout_graceful_shutdown=5,  # seconds that answers in flight are given to end by themselves
     )
     server = _Server(config)
