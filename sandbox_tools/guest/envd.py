@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from sandbox_tools.guest import files, process
+from sandbox_tools.guest import files, filesystem, process
 from sandbox_tools.guest.processes import Processes
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def create_app(settings: Settings, processes: Processes | None = None, internal:
             Route("/init", _init, methods=["POST"]),
             Route("/envs", _envs),
             *files.routes(),
+            *filesystem.routes(),
             *process.routes(settings, processes or Processes()),
             *internal,
         ],

@@ -13,9 +13,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from sandbox_tools.guest.kernels import TICK
-from sandbox_tools.guest.spawn import Command, InputError, Output, spawn
+from sandbox_tools.guest.spawn import READ_SIZE, Command, InputError, Output, spawn
 
-QUEUED = 256 << 10
+REST = 0.004
+"""Seconds between two looks at a process's output. What it writes in that time goes out as one piece, at the cost of
+one; were each of its writes passed on by itself, a busy process would cost many times as much."""
+
+QUEUED = 512 << 10
 """Bytes, as they are sent, that wait for a reader before the process has to wait for it as well."""
 
 RETENTION = 30.0
@@ -48,7 +52,8 @@ class Reader:
         self._process = process
         self._pieces: list[bytes] = []
         self._queued = 0
-        self._changed = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._waiting: asyncio.Future[None] | None = None
 
     @property
     def full(self) -> bool:
@@ -59,21 +64,23 @@ class Reader:
         """Adds envelopes."""
         self._pieces.append(piece)
         self._queued += len(piece)
-        self._changed.set()
+        self.wake()
 
     def wake(self) -> None:
-        """Makes it look at the process: it has ended."""
-        self._changed.set()
+        """Makes it look at what there is."""
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
 
     async def take(self) -> bytes | None:
         """All that is there, as soon as there is something. None: that was all, the process has ended."""
         while not self._pieces:
             if self._process.end is not None:
                 return None
-            self._changed.clear()
-            await self._changed.wait()
+            # Not an `asyncio.Event`: it asks the kernel at every wait which process this is, and in here that is slow.
+            self._waiting = self._loop.create_future()
+            await self._waiting
 
-        data = b"".join(self._pieces)
+        data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
         self._pieces.clear()
         self._queued = 0
         self._process.resume()
@@ -98,7 +105,8 @@ class Process:
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.Task[None] | None = None
         self.ended = asyncio.Event()
-        self.resume()
+        for output in self._outputs:
+            self._watch(output, True)  # and not read at once: its first reader comes after this
         try:
             threading.Thread(target=self._await_exit, name=f"wait-{self.pid}", daemon=True).start()
         except RuntimeError as error:
@@ -154,31 +162,49 @@ class Process:
             self._drain()
         else:
             for output in self._outputs:
-                if output.fd >= 0:
-                    self._loop.add_reader(output.fd, self._pass_on, output)
+                if output.fd >= 0 and not output.watched and not output.resting:
+                    self._look(output)
 
     @property
     def _slow(self) -> bool:
         return any(reader.full for reader in self._readers)
 
-    def _pass_on(self, output: Output) -> bool:
-        """Reads once, for all readers. False: nothing is there."""
+    def _look(self, output: Output) -> None:
+        """Reads; goes on when something comes, after a rest, or when it is resumed."""
+        length = 0 if self._slow else self._pass_on(output)
+        if output.fd < 0:
+            return
+
+        self._watch(output, not length and not self._slow)
+        if length:
+            output.resting = True
+            self._loop.call_later(REST if length < READ_SIZE else 0, self._look_again, output)
+
+    def _look_again(self, output: Output) -> None:
+        output.resting = False
+        self.resume()
+
+    def _watch(self, output: Output, wanted: bool) -> None:
+        if wanted and not output.watched:
+            self._loop.add_reader(output.fd, self._look, output)
+        elif output.watched and not wanted:
+            self._loop.remove_reader(output.fd)
+        output.watched = wanted
+
+    def _pass_on(self, output: Output) -> int:
+        """Reads once, for all readers; how many bytes that were."""
         data = output.read()
         if not data:
             if data is not None:
                 output.close()
-            return False
+            return 0
 
         if self._readers:
             piece = output.envelopes(data)
             for reader in self._readers:
                 reader.put(piece)
-            if self._slow:
-                for each in self._outputs:
-                    if each.fd >= 0:
-                        self._loop.remove_reader(each.fd)
         output.left -= len(data) * (self._how is not None)
-        return True
+        return len(data)
 
     def _await_exit(self) -> None:
         # It stays a zombie until the loop has heard of it: no signal can go to another process of the same id.

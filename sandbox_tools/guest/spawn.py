@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import base64
+import binascii
 import contextlib
 import fcntl
 import os
@@ -23,7 +23,10 @@ PIPE_SIZE = 1 << 20
 CHUNKS = {"stdout": 32 << 10, "stderr": 32 << 10, "pty": 16 << 10}
 """Bytes of output in one event at most, as envd sends them."""
 
-READ_SIZE = 128 << 10
+READ_SIZE = 512 << 10
+
+_buffer = memoryview(bytearray(READ_SIZE))
+"""What is read goes here first, and is copied on before anything else is read."""
 
 
 class InputError(Exception):
@@ -109,24 +112,35 @@ class Output:
         """Whether all has been read that the process wrote before it ended."""
         self.left = PIPE_SIZE
         """Bytes to read at most after the end. What the process wrote is not more; others may write on for ever."""
+        self.watched = False
+        """Whether the loop tells of what comes."""
+        self.resting = False
+        """Whether nothing is to be read for a moment, so that more comes at once."""
+        self._terminal = kind == "pty"
         self._chunk = CHUNKS[kind]
         self._prefix = b'{"event":{"data":{"%s":"' % kind.encode()
         os.set_blocking(fd, False)
 
-    def read(self) -> bytes | None:
-        """Some of what is there. Empty: nobody can write any more. None: nothing is there now."""
+    def read(self) -> memoryview | None:
+        """What is there, until the next call. Empty: nobody can write any more. None: nothing is there now."""
+        length = 0
         try:
-            return os.read(self.fd, READ_SIZE)
+            while more := os.readv(self.fd, [_buffer[length:]]):
+                length += more
+                # A terminal gives a page at a time, a pipe all that it has.
+                if not self._terminal or length == READ_SIZE:
+                    break
         except BlockingIOError:
-            return None
+            return _buffer[:length] or None
         except OSError:  # a terminal says so that it has been closed
-            return b""
+            pass
+        return _buffer[:length]
 
-    def envelopes(self, data: bytes) -> bytes:
+    def envelopes(self, data: memoryview) -> bytes:
         """Output as events in their envelopes. This is done by hand because it is done for every byte."""
         parts: list[bytes] = []
         for at in range(0, len(data), self._chunk):
-            text = base64.b64encode(data[at : at + self._chunk])
+            text = binascii.b2a_base64(data[at : at + self._chunk], newline=False)
             parts += (HEADER.pack(0, len(self._prefix) + len(text) + 4), self._prefix, text, b'"}}}')
         return b"".join(parts)
 

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 UNFINISHED = ".upload-"
 """How the name of a file begins that is still being uploaded; it lies beside its place, on the same file system."""
 
+REPLACING = f"{UNFINISHED}over-"
+"""The same, where another file is in its place already."""
+
 FILE_MODE = 0o644
 DIRECTORY_MODE = 0o755
 
@@ -57,9 +60,11 @@ class Incoming:
         self._account = account
         self._metadata = metadata
         self._target = Path(os.path.realpath(path))
-        self._mode = self._replaced_mode()
+        there = self._replaced_mode()
+        self._mode = FILE_MODE if there is None else there
         make_parents(self._target.parent, account)
-        self._partial = self._target.parent / f"{UNFINISHED}{secrets.token_hex(8)}"
+        beginning = UNFINISHED if there is None else REPLACING
+        self._partial = self._target.parent / f"{beginning}{secrets.token_hex(8)}"
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         self._fd = os.open(self._partial, flags, 0o600)
 
@@ -90,12 +95,12 @@ class Incoming:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._partial)
 
-    def _replaced_mode(self) -> int:
-        """The permissions of the file that is to be replaced, or of a new one."""
+    def _replaced_mode(self) -> int | None:
+        """The permissions of the file that is to be replaced; None where there is none."""
         try:
             mode = os.stat(self._target).st_mode
         except FileNotFoundError:
-            return FILE_MODE
+            return None
 
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
