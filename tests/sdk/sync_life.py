@@ -74,7 +74,7 @@ def paused_sandboxes_are_listed_by_metadata_and_in_pages(my) -> None:
     if "order" in my.says.has:
         oldest_first = my.Sandbox.list(query=query, order="asc").next_items()
         assert [info.sandbox_id for info in oldest_first] == found[::-1]
-        later = my.core.SandboxQuery(metadata=METADATA, started_after=oldest_first[1].started_at)
+        later = my.core.SandboxQuery(metadata=METADATA, started_after=oldest_first[0].started_at)
         assert [info.sandbox_id for info in my.Sandbox.list(query=later).next_items()] == [second.sandbox_id]
 
     assert second.kill()

@@ -72,7 +72,7 @@ step('paused_sandboxes_are_listed_by_metadata_and_in_pages', async (my) => {
 
   const oldestFirst = await Sandbox.list({ query, order: 'asc' }).nextItems()
   assert.deepEqual(oldestFirst.map((info) => info.sandboxId), found.toReversed())
-  const later = { metadata: texts.METADATA, startedAfter: oldestFirst[1].startedAt }
+  const later = { metadata: texts.METADATA, startedAfter: oldestFirst[0].startedAt }
   assert.deepEqual((await Sandbox.list({ query: later }).nextItems()).map((info) => info.sandboxId), [second.sandboxId])
 
   assert.equal(await second.kill(), true)
