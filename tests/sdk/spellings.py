@@ -51,7 +51,17 @@ class Spelling:
 
 
 _ALL = frozenset(
-    ("fork", "code in copies", "snapshots", "reboot", "file metadata", "close stdin", "order", "private traffic")
+    (
+        "fork",
+        "code in copies",
+        "snapshots",
+        "reboot",
+        "file metadata",
+        "close stdin",
+        "order",
+        "private traffic",
+        "secure",
+    )
 )
 _E2B = Spelling(
     package="e2b",
@@ -64,7 +74,17 @@ _E2B = Spelling(
     cut_code="TimeoutException",
     cut_command="SandboxNotRunningException",
     has=frozenset(
-        ("fork", "code in copies", "snapshots", "reboot", "file metadata", "close stdin", "order", "private traffic")
+        (
+            "fork",
+            "code in copies",
+            "snapshots",
+            "reboot",
+            "file metadata",
+            "close stdin",
+            "order",
+            "private traffic",
+            "secure",
+        )
     ),
 )
 _UCLOUD = Spelling(
@@ -78,7 +98,17 @@ _UCLOUD = Spelling(
     cut_code="TimeoutException",
     cut_command="TimeoutException",
     has=frozenset(
-        ("fork", "code in copies", "snapshots", "reboot", "file metadata", "close stdin", "order", "private traffic")
+        (
+            "fork",
+            "code in copies",
+            "snapshots",
+            "reboot",
+            "file metadata",
+            "close stdin",
+            "order",
+            "private traffic",
+            "secure",
+        )
     ),
 )
 _PPIO = Spelling(
@@ -91,10 +121,11 @@ _PPIO = Spelling(
     gone="TimeoutException",
     cut_code="httpx.RemoteProtocolError",
     cut_command="httpcore.RemoteProtocolError",
-    has=frozenset(("clone", "code in copies", "snapshots", "private traffic", "accounts")),
+    has=frozenset(("clone", "code in copies", "snapshots", "private traffic", "secure", "accounts")),
     secret={"hosts": ["example.org"]},
 )
-# On its old domains the SDK refuses by itself what came later, and a copy's own address is out of its reach.
+# On its old domains the SDK refuses by itself what came later, a copy's own address is out of its reach, and sandboxes
+# are not secured: a signature says whose a request is, and is held to nothing else.
 _PPIO_LEGACY = Spelling(
     package="ppio_sandbox.core",
     interpreter="ppio_sandbox.code_interpreter",

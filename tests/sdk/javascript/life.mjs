@@ -51,7 +51,7 @@ step('a_command_s_stream_that_a_pause_cuts_ends_with_an_error', async (my) => {
 step('a_paused_sandbox_can_t_be_used_or_paused_again', async (my) => {
   assert.equal(await my.sandbox.pause(), false)
   await refused(e2b.TimeoutError, my.sandbox.runCode('1'))
-  await refused(e2b.TimeoutError, my.sandbox.commands.run('true'))
+  await refused(e2b.SandboxNotFoundError, my.sandbox.commands.run('true'))
   await refused(e2b.TimeoutError, my.sandbox.files.read('/tmp/log'))
   await refused(e2b.SandboxNotFoundError, my.sandbox.setTimeout(60_000))
 })
@@ -72,7 +72,8 @@ step('paused_sandboxes_are_listed_by_metadata_and_in_pages', async (my) => {
 
   const oldestFirst = await Sandbox.list({ query, order: 'asc' }).nextItems()
   assert.deepEqual(oldestFirst.map((info) => info.sandboxId), found.toReversed())
-  const later = { metadata: texts.METADATA, startedAfter: oldestFirst[0].startedAt }
+  const startedAfter = new Date(oldestFirst[0].startedAt.getTime() + 1) // a Date has lost the microseconds
+  const later = { metadata: texts.METADATA, startedAfter }
   assert.deepEqual((await Sandbox.list({ query: later }).nextItems()).map((info) => info.sandboxId), [second.sandboxId])
 
   assert.equal(await second.kill(), true)
@@ -256,7 +257,7 @@ step('a_killed_sandbox_is_known_as_gone', async (my) => {
   await refused(e2b.SandboxNotFoundError, sandbox.setTimeout(60_000))
   await refused(e2b.SandboxNotFoundError, Sandbox.connect(sandbox.sandboxId))
   await refused(e2b.TimeoutError, sandbox.runCode('1'))
-  await refused(e2b.TimeoutError, sandbox.commands.run('true'))
+  await refused(e2b.SandboxNotFoundError, sandbox.commands.run('true'))
   await refused(e2b.TimeoutError, sandbox.files.read('/tmp/log'))
   assert.equal((await page(my.url)).status, 502)
 })
