@@ -13,13 +13,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sandbox_tools.engine.access import Keys, Refusal, refusal
 from sandbox_tools.engine.api import Engine, control_plane
-from sandbox_tools.engine.gateway import forward
+from sandbox_tools.engine.gateway import NOT_FOUND, forward
 from sandbox_tools.engine.routing import SERVICE_PORTS, Address, AddressError, Asked, address_of, names_the_sandbox
 from sandbox_tools.engine.tunnel import Tunnel
 from sandbox_tools.errors import CapacityError, ConflictError, NotFoundError, SandboxError, status_of
 
-NOT_FOUND = "The sandbox was not found"
-"""What E2B's SDKs look for to tell that a sandbox is gone."""
+OPEN = ("/health", "/openapi.json")
+"""Paths of the control plane that need no key."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +45,8 @@ class Front:
 
     Args:
         engine: What to serve.
-        api_key: Demanded in `X-API-KEY` by every route of the control plane but `/health`. None: whoever reaches the
-            socket may call.
+        api_key: Demanded in `X-API-KEY` by every route of the control plane but those in `OPEN`. None: whoever reaches
+            the socket may call.
         on_request: Called at the beginning of each request.
     """
 
@@ -70,7 +70,7 @@ class Front:
             await forward(way.tunnel, way.address, way.headers, scope, receive, send)
         elif isinstance(way, Turned):
             await JSONResponse(way.body, way.status)(scope, receive, send)
-        elif self._api_key and asked.path != "/health" and not _same(headers.get("x-api-key", ""), self._api_key):
+        elif self._api_key and asked.path not in OPEN and not _same(headers.get("x-api-key", ""), self._api_key):
             error = {"code": 401, "message": "Invalid API key. Send the engine's key in `X-API-KEY`."}
             await JSONResponse(error, 401)(scope, receive, send)
         else:

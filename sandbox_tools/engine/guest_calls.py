@@ -2,36 +2,69 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping
 
-import httpcore
-
-from sandbox_tools.engine.tunnel import Tunnel, TunnelBackend
+from sandbox_tools.engine.http1 import call
+from sandbox_tools.engine.tunnel import Tunnel
 from sandbox_tools.errors import EngineError
 from sandbox_tools.models import ENVD_PORT
 
+HEALTH_SECONDS = 5.0
+"""How long a guest may take to say that it is well; E2B's SDK gives it as long."""
 
-async def initialise(tunnel: Tunnel, *, sandbox_id: str, token: str, env: Mapping[str, str]) -> None:
-    """Tell a guest that woke from the template's image whose it is now.
+
+async def initialise(tunnel: Tunnel, *, sandbox_id: str, token: str, env: Mapping[str, str] | None) -> None:
+    """Tell a guest that woke from an image whose it is now.
+
+    Args:
+        env: The environment variables of the whole sandbox. None: those that the image has.
 
     Raises:
         EngineError: The guest did not take it.
     """
-    body = json.dumps({"accessToken": token, "envVars": dict(env), "lifecycleID": sandbox_id}).encode()
-    async with httpcore.AsyncConnectionPool(network_backend=TunnelBackend(tunnel)) as pool:
-        try:
-            response = await pool.request(
-                "POST",
-                f"http://sandbox:{ENVD_PORT}/init",
-                headers={"Content-Type": "application/json", "Content-Length": str(len(body))},
-                content=body,
-                extensions={"timeout": {"connect": 30.0, "read": 30.0, "write": 30.0}},
-            )
-        except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException) as error:
-            msg = f"The guest could not be initialised: {type(error).__name__} {error}"
-            raise EngineError(msg, op="create", sandbox_id=sandbox_id) from error
+    body = {"accessToken": token, "envVars": None if env is None else dict(env), "lifecycleID": sandbox_id}
+    await _ask(tunnel, "POST", "/init", token=token, body=body, sandbox_id=sandbox_id)
 
-    if response.status != 204:
-        msg = f"The guest refused its initialisation with {response.status}: {response.content[:300]!r}"
-        raise EngineError(msg, op="create", sandbox_id=sandbox_id)
+
+async def reboot(tunnel: Tunnel, *, sandbox_id: str, token: str) -> None:
+    """End every process inside but the guest's own, and drop what they held in memory; files stay.
+
+    Raises:
+        EngineError: The guest did not answer, or something could not be ended.
+    """
+    await _ask(tunnel, "POST", "/reboot", token=token, sandbox_id=sandbox_id)
+
+
+async def check_health(tunnel: Tunnel, *, sandbox_id: str, token: str) -> None:
+    """Have a sign of life from a guest.
+
+    Raises:
+        EngineError: It gave none within `HEALTH_SECONDS`.
+    """
+    await _ask(tunnel, "GET", "/health", token=token, sandbox_id=sandbox_id, seconds=HEALTH_SECONDS)
+
+
+async def _ask(
+    tunnel: Tunnel,
+    method: str,
+    path: str,
+    *,
+    token: str,
+    sandbox_id: str,
+    body: object = None,
+    seconds: float = 30.0,
+) -> None:
+    content = b"" if body is None else json.dumps(body).encode()
+    headers = {"Content-Type": "application/json", "X-Access-Token": token}
+    try:
+        async with asyncio.timeout(seconds):
+            status, answer = await call(tunnel, ENVD_PORT, method, path, headers=headers, body=content)
+    except (ConnectionError, TimeoutError) as error:
+        msg = f"The guest did not answer {path!r}: {type(error).__name__} {error}"
+        raise EngineError(msg, sandbox_id=sandbox_id) from error
+
+    if status != 204:
+        msg = f"The guest refused {path!r} with {status}: {answer[:300]!r}"
+        raise EngineError(msg, sandbox_id=sandbox_id)

@@ -11,21 +11,23 @@ import contextlib
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from sandbox_tools.engine import snapshots, templates
 from sandbox_tools.engine.bundle import write_bundle
-from sandbox_tools.engine.guest_calls import initialise
-from sandbox_tools.engine.records import RECORD, Record, new_run
+from sandbox_tools.engine.guest_calls import check_health, initialise, reboot
+from sandbox_tools.engine.records import RECORD, Record
 from sandbox_tools.engine.runtime import Container, Runtime
+from sandbox_tools.engine.saved import Origin
 from sandbox_tools.engine.tunnel import Tunnel
-from sandbox_tools.errors import EngineError
+from sandbox_tools.errors import EngineError, ServerError
 
 log = logging.getLogger(__name__)
 
-Phase = Literal["running", "pausing", "paused", "resuming", "gone"]
+Phase = Literal["running", "pausing", "shutting down", "paused", "resuming", "gone"]
+"""`shutting down` is the way to a pause that keeps files only."""
 
 
 class Entry:
@@ -76,12 +78,23 @@ class Lifecycle:
             binary=self._template_directory / "runsc" / record.runsc,
         )
 
-    async def create(self, entry: Entry, env: Mapping[str, str]) -> None:
-        """Bring a new sandbox up from its template; where that fails nothing is left of it."""
-        template = templates.load(self._template_directory, entry.record.template)
+    def resident_bytes(self, entry: Entry) -> int:
+        """RAM that the sandbox holds on the host now; 0 if it is gone."""
+        return self.runtime.resident_bytes(self.container(entry))
+
+    async def create(self, entry: Entry, origin: Origin, env: Mapping[str, str] | None) -> None:
+        """Bring a new sandbox up; where that fails nothing is left of it.
+
+        Args:
+            env: Environment variables of the whole sandbox. None: those of the origin.
+        """
+        record = entry.record
         try:
-            tunnel = await self._start_run(entry, template.image)
-            await initialise(tunnel, sandbox_id=entry.record.id, token=entry.record.token, env=env)
+            await asyncio.to_thread(snapshots.verify, origin.image, cpu=templates.cpu())
+            tunnel = await self._start_run(entry, origin.image)
+            await initialise(tunnel, sandbox_id=record.id, token=record.token, env=env)
+            if not origin.memory:
+                await reboot(tunnel, sandbox_id=record.id, token=record.token)
             await self.save(entry)
         except BaseException:
             await self.end(entry, "it could not be started")
@@ -89,17 +102,24 @@ class Lifecycle:
 
         self._runs(entry)
 
-    async def resume(self, entry: Entry, end: datetime) -> None:
-        """Bring a paused sandbox back; where that fails it stays paused, its snapshot untouched."""
+    async def resume(self, entry: Entry, lifetime: timedelta, *, memory: bool, changes: Mapping[str, Any]) -> None:
+        """Bring a paused sandbox back; where that fails it stays paused, its snapshot untouched.
+
+        Args:
+            lifetime: How long it will run.
+            memory: Whether its memory and processes come back too; without, as after a reboot.
+            changes: Of the record, from then on.
+        """
         paused = entry.record
         snapshot = self._snapshot(entry)
         entry.phase = "resuming"
         try:
             await asyncio.to_thread(snapshots.verify, snapshot, cpu=templates.cpu())
             now = self._now()
-            changes = {"state": "running", "run": new_run(), "snapshot": None, "snapshot_bytes": 0}
-            entry.record = paused.model_copy(update={**changes, "started_at": now, "end_at": end})
-            await self._start_run(entry, snapshot)
+            entry.record = paused.resumed(now, now + lifetime).model_copy(update=dict(changes))
+            tunnel = await self._start_run(entry, snapshot)
+            if paused.pause_memory and not memory:
+                await reboot(tunnel, sandbox_id=paused.id, token=paused.token)
             # Until this is written the snapshot is the truth; from then on the live container is.
             await self.save(entry)
         except BaseException:
@@ -114,20 +134,25 @@ class Lifecycle:
         self._runs(entry)
         await _remove(snapshot)
 
-    async def pause(self, entry: Entry) -> None:
+    async def pause(self, entry: Entry, *, memory: bool) -> None:
         """Memory, processes and files on disk, RAM free.
+
+        Args:
+            memory: Without, its processes are ended first, so that files are all there is to be resumed.
 
         Raises:
             EngineError: It could not be written. The sandbox goes on running, unless its phase says that it is gone.
         """
         running = entry.record
         final = self.snapshots / running.id / running.run
-        entry.phase = "pausing"
+        entry.phase = "pausing" if memory else "shutting down"
         self._let_go(entry, "the sandbox is being paused")
         try:
+            if not memory:
+                await self._reboot(entry)
             manifest = await self._write_snapshot(entry, final)
             changes = {"state": "paused", "snapshot": final.name, "snapshot_bytes": manifest.size}
-            entry.record = running.model_copy(update={**changes, "end_at": self._now()})
+            entry.record = running.model_copy(update={**changes, "end_at": self._now(), "pause_memory": memory})
             # Until this is written the live container is the truth; from then on the snapshot is.
             await self.save(entry)
         except (OSError, EngineError) as error:
@@ -138,6 +163,54 @@ class Lifecycle:
 
         entry.phase = "paused"
         await self._end_run(entry, "the sandbox is paused")
+
+    async def write_image(self, entry: Entry, final: Path, description: str | None = None) -> snapshots.Manifest:
+        """An image of a running sandbox, which stands still meanwhile and goes on, its streams unbroken.
+
+        Args:
+            final: Where the image will be.
+            description: Kept with the image, as `snapshots.DESCRIPTION`. None: there is none.
+
+        Raises:
+            EngineError: It could not be written; there is nothing at `final`.
+        """
+        try:
+            with _disk_errors("snapshot", entry):
+                return await self._write_snapshot(entry, final, description)
+        finally:
+            try:
+                await self.runtime.thaw(self.container(entry))
+            except EngineError:
+                # Adopting thaws too. Where that fails as well it is without a tunnel, and whoever connects tries again.
+                await self.adopt(entry)
+
+    async def check_health(self, entry: Entry) -> None:
+        """Have a sign of life from the guest of a running sandbox.
+
+        Raises:
+            ServerError: 503, it gave none.
+        """
+        record = entry.record
+        try:
+            if entry.tunnel is None:
+                msg = "it can't be reached"
+                raise EngineError(msg)
+            await check_health(entry.tunnel, sandbox_id=record.id, token=record.token)
+        except EngineError as error:
+            msg = f"The guest of sandbox {record.id} does not answer ({error}). It was not paused and goes on running."
+            raise ServerError(msg, status_code=503, op="pause", sandbox_id=record.id) from error
+
+    async def restart(self, entry: Entry) -> None:
+        """Reboot a running sandbox.
+
+        Raises:
+            EngineError: The guest did not answer, or some of its processes could not be ended; the sandbox runs on.
+        """
+        self._let_go(entry, "the sandbox is being rebooted")
+        try:
+            await self._reboot(entry)
+        finally:
+            await self.adopt(entry)
 
     async def adopt(self, entry: Entry) -> bool:
         """Take over the container of a sandbox that runs. False: it is gone.
@@ -194,13 +267,24 @@ class Lifecycle:
     def _snapshot(self, entry: Entry) -> Path:
         return self.snapshots / entry.record.id / str(entry.record.snapshot)
 
-    async def _write_snapshot(self, entry: Entry, final: Path) -> snapshots.Manifest:
+    async def _reboot(self, entry: Entry) -> None:
+        """Through a tunnel of its own: the sandbox's is cut, so that nobody begins anything meanwhile."""
+        tunnel = Tunnel(self.container(entry).pipes)
+        try:
+            await tunnel.attach()
+            await reboot(tunnel, sandbox_id=entry.record.id, token=entry.record.token)
+        finally:
+            tunnel.detach("the sandbox is being rebooted")
+
+    async def _write_snapshot(self, entry: Entry, final: Path, description: str | None = None) -> snapshots.Manifest:
         container = self.container(entry)
         partial = await asyncio.to_thread(snapshots.begin, final)
         try:
             # Frozen first, so that nothing runs on between the image and the end of the container.
             await self.runtime.freeze(container)
             await self.runtime.checkpoint(container, partial)
+            if description is not None:
+                (partial / snapshots.DESCRIPTION).write_text(description, encoding="utf-8")
             return await asyncio.to_thread(
                 snapshots.commit, partial, final, runsc=container.binary.name, cpu=templates.cpu()
             )

@@ -1,20 +1,19 @@
-"""What the engine knows of a sandbox, as plain data on disk, and how listings are cut into pages."""
+"""What the engine knows of a sandbox, as plain data on disk."""
 
 from __future__ import annotations
 
-import base64
-import binascii
+import os
 import secrets
 import string
-from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from sandbox_tools.engine.bodies import NewSandbox
+from sandbox_tools.engine.saved import Origin
 from sandbox_tools.engine.snapshots import write_durably
-from sandbox_tools.errors import ConfigError
 from sandbox_tools.models import DEFAULT_TIMEOUT, Lifecycle, SandboxGrant, SandboxInfo, State
 
 CLIENT_ID = "6532622b"
@@ -25,8 +24,18 @@ ENVD_VERSION = "0.6.13"
 
 RECORD = "record.json"
 
+_STARTS_KEPT = 20
+
 TRAFFIC_SECONDS = 300
 """How long a sandbox lives at least after traffic has woken it (PROTOCOL.md section 6)."""
+
+
+class IdempotencyMark(BaseModel):
+    """The key that a sandbox was created under, a digest of what was asked for, and when."""
+
+    key: str
+    digest: str
+    at: datetime
 
 
 class Record(BaseModel):
@@ -63,13 +72,30 @@ class Record(BaseModel):
     """Demanded by its ports but envd's. None: whoever reaches them may call."""
     network: dict[str, Any] | None = None
     """What was asked for, as it was sent. None: nothing."""
-    internet: bool | None = None
-    """Whether internet access was asked for; there is none either way. None: nothing was said."""
+    earlier_starts: list[datetime] = []
+    """When the runs before this one began, newest first and a few at most: a listing under way goes by them."""
+    idempotency: IdempotencyMark | None = None
+    """None: it was created without a key."""
 
     @property
     def wakes(self) -> bool:
         """Whether traffic wakes it; not where that would be a reboot, as its memory was dropped."""
         return self.auto_resume and (self.state == "running" or self.pause_memory)
+
+    def resumed(self, now: datetime, end: datetime) -> Record:
+        """The record of its next run."""
+        return self.model_copy(
+            update={
+                "state": "running",
+                "run": new_run(),
+                "snapshot": None,
+                "snapshot_bytes": 0,
+                "started_at": now,
+                "end_at": end,
+                "pause_memory": True,
+                "earlier_starts": [self.started_at, *self.earlier_starts][:_STARTS_KEPT],
+            }
+        )
 
     def save(self, directory: Path) -> None:
         """Write it durably."""
@@ -83,7 +109,7 @@ class Record(BaseModel):
         except (OSError, ValidationError):
             return None
 
-    def grant(self) -> SandboxGrant:
+    def grant(self, domain: str | None = None) -> SandboxGrant:
         """What create and connect answer."""
         return SandboxGrant(
             sandbox_id=self.id,
@@ -92,6 +118,7 @@ class Record(BaseModel):
             envd_version=ENVD_VERSION,
             envd_access_token=self.token,
             traffic_access_token=self.traffic_token,
+            domain=domain,
         )
 
     def info(self, *, resident_bytes: int | None = None, pausing: bool = False) -> SandboxInfo:
@@ -104,7 +131,7 @@ class Record(BaseModel):
             started_at=self.started_at,
             end_at=self.end_at,
             metadata=self.metadata,
-            cpu_count=1,
+            cpu_count=os.cpu_count() or 1,
             memory_mb=self.memory_mb,
             envd_version=ENVD_VERSION,
             lifecycle=Lifecycle(auto_resume=self.auto_resume, on_timeout="pause" if self.auto_pause else "kill"),
@@ -118,53 +145,60 @@ def new_run() -> str:
     return secrets.token_hex(4)
 
 
+def new_token() -> str:
+    """What callers of a sandbox must send."""
+    return secrets.token_hex(24)
+
+
 def new_id() -> str:
     """A sandbox id as E2B's edge accepts it: lower-case letters and digits, `i` first."""
     return "i" + "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(20))
 
 
-def page(
-    rows: Iterable[SandboxInfo],
-    *,
-    states: frozenset[str],
-    metadata: Mapping[str, str],
-    limit: int,
-    token: str | None,
-) -> tuple[list[SandboxInfo], str | None]:
-    """One page of a listing, newest start first, and the token of the next; None on the last.
-
-    The token names the last row given, so that a page is right while sandboxes come and go.
-
-    Raises:
-        ConfigError: The token is not one of ours.
-    """
-    after = _parse_token(token) if token else None
-    matching = sorted(
-        (
-            row
-            for row in rows
-            if row.state in states and all(row.metadata.get(key) == value for key, value in metadata.items())
-        ),
-        key=_sort_key,
+def new_record(
+    origin: Origin, *, now: datetime, timeout: int, request: NewSandbox, mark: IdempotencyMark | None = None
+) -> Record:
+    """The record of a sandbox that is about to be created."""
+    waking = request.auto_resume.enabled if request.auto_resume else False
+    if request.auto_resume is None and request.auto_pause and request.metadata.get("auto_resume") == "true":
+        # How PPIO's legacy domain is asked for it (PROTOCOL.md section 1.5).
+        waking = True
+    private = request.network is not None and request.network.allow_public_traffic is False
+    return Record(
+        id=new_id(),
+        template=origin.template,
+        template_name=origin.name,
+        runsc=origin.runsc,
+        state="running",
+        run=new_run(),
+        started_at=now,
+        end_at=now + timedelta(seconds=timeout),
+        auto_pause=request.auto_pause,
+        auto_resume=waking,
+        secure=request.secure,
+        token=new_token(),
+        memory_mb=origin.memory_mb,
+        metadata=request.metadata,
+        timeout=timeout,
+        auto_pause_memory=request.auto_pause_memory,
+        traffic_token=new_token() if private else None,
+        network=request.network.model_dump(by_alias=True, exclude_none=True) if request.network else None,
+        idempotency=mark,
     )
-    if after is not None:
-        matching = [row for row in matching if _sort_key(row) > after]
-    given = matching[:limit]
-    return given, _token(given[-1]) if len(matching) > limit else None
 
 
-def _sort_key(row: SandboxInfo) -> tuple[float, str]:
-    return (-row.started_at.timestamp(), row.sandbox_id)
-
-
-def _token(row: SandboxInfo) -> str:
-    return base64.urlsafe_b64encode(f"{row.started_at.isoformat()}__{row.sandbox_id}".encode()).decode()
-
-
-def _parse_token(token: str) -> tuple[float, str]:
-    try:
-        started_at, sandbox_id = base64.urlsafe_b64decode(token.encode()).decode().split("__")
-        return (-datetime.fromisoformat(started_at).astimezone(UTC).timestamp(), sandbox_id)
-    except (binascii.Error, ValueError):
-        msg = "Invalid next token"
-        raise ConfigError(msg, op="list") from None
+def copied(record: Record, *, now: datetime, timeout: int) -> Record:
+    """The record of a copy: another sandbox with tokens of its own, and all else as it was asked for."""
+    return record.model_copy(
+        update={
+            "id": new_id(),
+            "run": new_run(),
+            "started_at": now,
+            "end_at": now + timedelta(seconds=timeout),
+            "timeout": timeout,
+            "token": new_token(),
+            "traffic_token": None if record.traffic_token is None else new_token(),
+            "earlier_starts": [],
+            "idempotency": None,
+        }
+    )

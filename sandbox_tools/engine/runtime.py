@@ -42,6 +42,25 @@ class Container:
         return Pipes(self.directory)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """What a container takes of the host, as the host sees it.
+
+    Attributes:
+        cpu_seconds: CPU time since it was made.
+        memory: RAM that it holds, in bytes.
+        cache: Page cache that the host holds for its files, in bytes; 0 where the host does not tell.
+        disk: What it has written to its own files, in bytes on disk.
+        disk_free: Bytes that the disk below has left.
+    """
+
+    cpu_seconds: float
+    memory: int
+    cache: int
+    disk: int
+    disk_free: int
+
+
 class Runtime(Protocol):
     """What isolates. Every verb raises `EngineError` when the runtime refuses or fails."""
 
@@ -90,6 +109,10 @@ class Runtime(Protocol):
 
     def resident_bytes(self, container: Container) -> int:
         """RAM that the container holds on the host now; 0 if it is gone."""
+        ...
+
+    def usage(self, container: Container) -> Usage | None:
+        """What the container takes of the host, asked of the host alone; None if it is gone."""
         ...
 
     async def aclose(self) -> None:

@@ -12,6 +12,8 @@ from sandbox_tools.errors import EngineError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+DESCRIPTION = "snapshot.json"
+"""What a snapshot that users know by name or id says of itself; those that sandboxes sleep in have none."""
 _PARTIAL = ".partial-"
 
 

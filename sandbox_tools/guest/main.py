@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from sandbox_tools.guest import envd, interpreter
+from sandbox_tools.guest import envd, interpreter, reboot
 from sandbox_tools.guest.accounts import account as account_of
 from sandbox_tools.guest.contexts import Contexts
 from sandbox_tools.guest.kernels import Launch
@@ -44,7 +44,14 @@ that is just being sent would be lost, and code must never be sent twice."""
 
 
 class Server(uvicorn.Server):
-    """A server that leaves signals to the process it runs in."""
+    """A server that leaves signals to the process it runs in, and takes connections that have no socket."""
+
+    def connection(self) -> asyncio.Protocol:
+        """What speaks HTTP on one more connection, once the server has started."""
+        protocol: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        return protocol
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -92,13 +99,15 @@ async def _serve(arguments: argparse.Namespace, tunnel: tuple[int, int] | None) 
             warm_up=arguments.warm_up,
         )
         account.own(launch.directory)
-        app = interpreter.create_app(Contexts(launch, settings))
+        contexts = Contexts(launch, settings)
+        app = interpreter.create_app(contexts)
         processes = Processes()
+        daemon = envd.create_app(settings, processes, reboot.routes(contexts) if tunnel else ())
         listening = [_listen(arguments.envd_port), _listen(arguments.interpreter_port)]
         ports = [each.getsockname()[1] for each in listening]
         server = Server(
             uvicorn.Config(
-                PortSwitch(dict(zip(ports, (envd.create_app(settings, processes), app), strict=True)), lifespan=app),
+                PortSwitch(dict(zip(ports, (daemon, app), strict=True)), lifespan=app),
                 http="httptools",
                 ws="none",
                 lifespan="on",
@@ -131,7 +140,8 @@ async def _until_stopped(
         if server.started and tunnel:
             from sandbox_tools.guest.tunnel import serve  # only where there is an engine
 
-            tasks.add(asyncio.create_task(serve(*tunnel)))
+            ports = [each.getsockname()[1] for each in listening]
+            tasks.add(asyncio.create_task(serve(*tunnel, dict.fromkeys(ports, server.connection))))
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:
         server.should_exit = True

@@ -1,0 +1,65 @@
+"""What to do with what an earlier engine, or its crash, has left."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+from sandbox_tools.engine.lifecycle import Entry, Lifecycle
+from sandbox_tools.engine.records import Record
+from sandbox_tools.engine.runtime import Container
+
+log = logging.getLogger(__name__)
+
+LOST = "it ended while no engine was there to watch it, or the machine was restarted"
+
+
+def find(lifecycle: Lifecycle) -> dict[str, Entry]:
+    """The sandboxes that have a record, by id."""
+    for directory in (lifecycle.sandboxes, lifecycle.snapshots):
+        # What sandboxes hold in memory lies here: it is their owner's only.
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    records = [record for each in lifecycle.sandboxes.iterdir() if (record := Record.load(each)) is not None]
+    return {record.id: Entry(record, record.state) for record in records}
+
+
+async def take_over(lifecycle: Lifecycle, entry: Entry) -> bool:
+    """Adopt a sandbox that runs, and let one that is paused sleep. False: it was running and is lost."""
+    if entry.phase == "paused":
+        # The earlier engine may have died after the snapshot was the truth and before the container was gone.
+        await lifecycle.drop_run(entry)
+        return True
+
+    if await lifecycle.adopt(entry):
+        return True
+
+    log.error("Sandbox %s is lost: %s", entry.record.id, LOST)
+    return False
+
+
+async def sweep(lifecycle: Lifecycle, entries: Collection[Entry], binary: Path) -> None:
+    """Remove what no record speaks of: containers, directories and half-written snapshots.
+
+    Args:
+        binary: The `runsc` to end with what nobody knows.
+    """
+    known = {entry.record.id for entry in entries}
+    running = {lifecycle.container(entry).id for entry in entries if entry.phase == "running"}
+    for container_id in lifecycle.runtime.known():
+        if container_id not in running:
+            sandbox_id, _, run = container_id.rpartition("-")
+            directory = lifecycle.sandboxes / sandbox_id / f"run-{run}"
+            await lifecycle.runtime.kill(Container(id=container_id, directory=directory, binary=binary))
+    for parent in (lifecycle.sandboxes, lifecycle.snapshots):
+        for directory in parent.iterdir():
+            if directory.name not in known:
+                await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+    for entry in entries:
+        # Half-written ones, and whole ones that a crash has kept from becoming the truth, or from being removed after.
+        needed = entry.record.snapshot if entry.record.state == "paused" else None
+        for path in (lifecycle.snapshots / entry.record.id).glob("*"):
+            if path.name != needed:
+                await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)

@@ -1,0 +1,332 @@
+"""The control plane's operations that only tell: what there is, what it takes, what happened to it."""
+
+from __future__ import annotations
+
+import os
+from datetime import datetime
+
+from sandbox_tools.engine.bodies import (
+    Detail,
+    Filter,
+    ListQuery,
+    LogEntry,
+    LogLine,
+    Logs,
+    LogsQuery,
+    LogsV2,
+    LogsV2Query,
+    ManyMetrics,
+    ManyMetricsQuery,
+    Metric,
+    MetricsQuery,
+    SnapshotInfo,
+    SnapshotsQuery,
+)
+from sandbox_tools.engine.journal import LEVELS, Line
+from sandbox_tools.engine.lifecycle import Entry
+from sandbox_tools.engine.listing import Row, has, micros, page, parse_metadata
+from sandbox_tools.engine.metering import Sample
+from sandbox_tools.engine.operations import Answer, Call, Operation
+from sandbox_tools.engine.saved import Snapshot, normalised
+from sandbox_tools.engine.supervisor import Supervisor
+from sandbox_tools.errors import ConfigError, NotFoundError
+from sandbox_tools.models import SandboxInfo
+
+_MOST_IDS = 100
+
+# Unix seconds reach this in the year 5138; before it, milliseconds lie in 1973.
+_MILLISECONDS = 10**11
+
+
+_NEXT = {"X-Next-Token": "`nextToken` of the next page; only where there is one"}
+
+
+async def health(call: Call) -> Answer:
+    """Answers once the engine can create."""
+    assert call.supervisor
+    return Answer(content="OK")
+
+
+async def info(call: Call) -> Answer:
+    """One sandbox, with its token and what it holds in memory."""
+    supervisor = call.supervisor
+    entry = supervisor.entry(call.sandbox_id)
+    resident = supervisor.lifecycle.resident_bytes(entry) if entry.phase == "running" else 0
+    row = _row(call, entry).item.model_copy(update={"resident_bytes": resident})
+    record = entry.record
+    return Answer(
+        content=Detail(
+            **row.model_dump(),
+            envd_access_token=record.token,
+            # There is no way out of a sandbox here, whatever was asked for.
+            allow_internet_access=False,
+            domain=call.engine.domain if row.state == "running" else None,
+            network=None if record.network is None else record.network,
+            pause_mode=("full" if record.pause_memory else "filesystem") if entry.phase == "paused" else None,
+        )
+    )
+
+
+async def list_running(call: Call) -> Answer:
+    """The first version: all that run, in one page."""
+    query: Filter = call.query
+    wanted = parse_metadata(query.metadata)
+    rows = [row for row in _rows(call) if row.item.state == "running" and has(row.item.metadata, wanted)]
+    items, _ = page(rows, limit=None, order=None, token=None, now=call.supervisor.now())
+    return Answer(content=items)
+
+
+async def list_all(call: Call) -> Answer:
+    """The second version: filtered, ordered, in pages."""
+    query: ListQuery = call.query
+    wanted, states = parse_metadata(query.metadata), query.state.split(",")
+    template = _template_name(query.template)
+    rows = [
+        row
+        for row in _rows(call)
+        if has(row.item.metadata, wanted)
+        and (template is None or row.item.template_id.removesuffix(":default") == template)
+        and (query.started_after is None or row.item.started_at > query.started_after)
+    ]
+    shown = [row for row in rows if row.item.state in states]
+    items, token = page(shown, limit=query.limit, order=query.order, token=query.next_token, now=call.supervisor.now())
+    headers = {"X-Next-Token": token} if token else {}
+    if "running" in states:
+        headers["X-Total-Running"] = str(sum(row.item.state == "running" for row in rows))
+    return Answer(content=items, headers=headers)
+
+
+def _template_name(reference: str | None) -> str | None:
+    if reference is None:
+        return None
+    name, _, tag = normalised(reference, "list").partition(":")
+    if ":" in reference and tag != "default":
+        msg = f"Invalid template filter: {reference!r} has a tag. Leave it out."
+        raise ConfigError(msg, op="list")
+    return name
+
+
+def _rows(call: Call) -> list[Row[SandboxInfo]]:
+    return [_row(call, entry) for entry in call.supervisor.entries()]
+
+
+def _row(call: Call, entry: Entry) -> Row[SandboxInfo]:
+    record = entry.record
+    disk = os.statvfs(call.supervisor.lifecycle.sandboxes)
+    item = record.info(pausing=entry.phase in ("pausing", "shutting down")).model_copy(
+        # What a sandbox may fill: it shares the disk of its host.
+        update={"disk_size_mb": disk.f_blocks * disk.f_frsize >> 20}
+    )
+    return Row(
+        id=record.id, starts=tuple(micros(start) for start in (record.started_at, *record.earlier_starts)), item=item
+    )
+
+
+async def list_snapshots(call: Call) -> Answer:
+    """Newest first."""
+    query: SnapshotsQuery = call.query
+    name = None if query.name is None else normalised(query.name, "list")
+    of = None if query.sandbox_id is None else query.sandbox_id.partition("-")[0]
+    rows = [
+        Row(id=each.id, starts=(micros(each.created_at),), item=each)
+        for each in call.supervisor.saved.all()
+        if of in (None, each.sandbox_id) and name in (None, each.name, each.reference)
+    ]
+    items, token = page(rows, limit=query.limit, order=None, token=query.next_token, now=call.supervisor.now())
+    return Answer(
+        content=[shown(call.supervisor, each) for each in items], headers={"X-Next-Token": token} if token else {}
+    )
+
+
+def shown(supervisor: Supervisor, snapshot: Snapshot) -> SnapshotInfo:
+    """A snapshot as the wire shows it."""
+    names = supervisor.saved.names(snapshot)
+    return SnapshotInfo(snapshot_id=snapshot.reference, names=names, size_bytes=snapshot.size)
+
+
+async def metrics(call: Call) -> Answer:
+    """The samples of one sandbox."""
+    query: MetricsQuery = call.query
+    samples = await call.supervisor.metering.samples(call.supervisor.entry(call.sandbox_id))
+    start, end = _micros(query.start), _micros(query.end)
+    return Answer(
+        content=[
+            _metric(sample)
+            for sample in samples
+            if (start is None or micros(sample.at) >= start) and (end is None or micros(sample.at) <= end)
+        ]
+    )
+
+
+async def many_metrics(call: Call) -> Answer:
+    """The last sample of each."""
+    query: ManyMetricsQuery = call.query
+    ids = [each.partition("-")[0] for each in query.sandbox_ids.split(",")]
+    if len(ids) > _MOST_IDS:
+        msg = f"validation error: sandbox_ids: {len(ids)} ids. Ask for {_MOST_IDS} at most."
+        raise ConfigError(msg, op="metrics")
+
+    found = {}
+    for sandbox_id in ids:
+        try:
+            samples = await call.supervisor.metering.samples(call.supervisor.entry(sandbox_id))
+        except NotFoundError:
+            continue
+        if samples:
+            found[sandbox_id] = _metric(samples[-1])
+    return Answer(content=ManyMetrics(sandboxes=found))
+
+
+async def logs(call: Call) -> Answer:
+    """The first version: from a moment on, oldest first."""
+    query: LogsQuery = call.query
+    lines = _lines(call)
+    if query.start is not None:
+        lines = [line for line in lines if _millis(line.at) >= query.start]
+    lines = lines[: query.limit]
+    return Answer(
+        content=Logs(
+            logs=[LogLine(timestamp=line.at, line=line.message) for line in lines],
+            log_entries=[_entry(line) for line in lines],
+        )
+    )
+
+
+async def logs_v2(call: Call) -> Answer:
+    """The second version: from a cursor on in either direction, filtered."""
+    query: LogsV2Query = call.query
+    backward = query.direction == "backward"
+    lines = _lines(call)
+    if query.cursor is not None:
+        cursor = query.cursor
+        lines = [line for line in lines if (_millis(line.at) <= cursor if backward else _millis(line.at) >= cursor)]
+    if query.level is not None:
+        lines = [line for line in lines if LEVELS.index(line.level) >= LEVELS.index(query.level)]
+    lines = [line for line in lines if query.search in line.message]
+    if backward:
+        lines.reverse()
+    return Answer(content=LogsV2(logs=[_entry(line) for line in lines[: query.limit]]))
+
+
+def _lines(call: Call) -> list[Line]:
+    return call.supervisor.journal.lines(call.supervisor.entry(call.sandbox_id).record.id)
+
+
+def _entry(line: Line) -> LogEntry:
+    return LogEntry(timestamp=line.at, message=line.message, level=line.level, fields=line.fields)
+
+
+def _metric(sample: Sample) -> Metric:
+    return Metric(
+        timestamp=sample.at,
+        timestamp_unix=int(sample.at.timestamp()),
+        cpu_count=sample.cpu_count,
+        cpu_used_pct=sample.cpu_used_pct,
+        mem_used=sample.memory_used,
+        mem_total=sample.memory_total,
+        mem_cache=sample.cache,
+        disk_used=sample.disk_used,
+        disk_total=sample.disk_total,
+        mem_used_mi_b=sample.memory_used >> 20,
+        mem_total_mi_b=sample.memory_total >> 20,
+    )
+
+
+def _micros(moment: int | None) -> int | None:
+    if moment is None:
+        return None
+    return moment * (1000 if moment >= _MILLISECONDS else 10**6)
+
+
+def _millis(moment: datetime) -> int:
+    return micros(moment) // 1000
+
+
+OPERATIONS: tuple[Operation, ...] = (
+    Operation(
+        name="health",
+        method="GET",
+        path="/health",
+        summary="Whether the engine can create",
+        handler=health,
+        answers={200: str},
+        open=True,
+    ),
+    Operation(
+        name="listRunning",
+        method="GET",
+        path="/sandboxes",
+        summary="List what runs",
+        handler=list_running,
+        query=Filter,
+        answers={200: list[SandboxInfo]},
+    ),
+    Operation(
+        name="list",
+        method="GET",
+        path="/v2/sandboxes",
+        summary="List what runs and what is paused",
+        handler=list_all,
+        query=ListQuery,
+        answers={200: list[SandboxInfo]},
+        headers={**_NEXT, "X-Total-Running": "How many of the listing run; only where those are asked for"},
+    ),
+    Operation(
+        name="info",
+        method="GET",
+        path="/sandboxes/{sandboxID}",
+        summary="One sandbox",
+        handler=info,
+        answers={200: Detail},
+        errors=(404,),
+    ),
+    Operation(
+        name="listSnapshots",
+        method="GET",
+        path="/snapshots",
+        summary="List snapshots",
+        handler=list_snapshots,
+        query=SnapshotsQuery,
+        answers={200: list[SnapshotInfo]},
+        headers=_NEXT,
+    ),
+    Operation(
+        name="manyMetrics",
+        method="GET",
+        path="/sandboxes/metrics",
+        summary="What several sandboxes take now",
+        handler=many_metrics,
+        query=ManyMetricsQuery,
+        answers={200: ManyMetrics},
+    ),
+    Operation(
+        name="metrics",
+        method="GET",
+        path="/sandboxes/{sandboxID}/metrics",
+        summary="What a sandbox took in the last hour that it ran",
+        handler=metrics,
+        query=MetricsQuery,
+        answers={200: list[Metric]},
+        errors=(404,),
+    ),
+    Operation(
+        name="logs",
+        method="GET",
+        path="/sandboxes/{sandboxID}/logs",
+        summary="What happened to a sandbox",
+        handler=logs,
+        query=LogsQuery,
+        answers={200: Logs},
+        errors=(404,),
+    ),
+    Operation(
+        name="logsV2",
+        method="GET",
+        path="/v2/sandboxes/{sandboxID}/logs",
+        summary="What happened to a sandbox",
+        handler=logs_v2,
+        query=LogsV2Query,
+        answers={200: LogsV2},
+        errors=(404,),
+    ),
+)

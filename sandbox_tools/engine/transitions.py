@@ -1,0 +1,277 @@
+"""What is done to one sandbox at a time, each under its lock and to its end."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from datetime import datetime, timedelta
+from typing import Any
+
+from sandbox_tools.engine.bodies import MAX_TIMEOUT, NewSandbox
+from sandbox_tools.engine.journal import Journal
+from sandbox_tools.engine.lifecycle import Entry, Lifecycle
+from sandbox_tools.engine.metering import Metering
+from sandbox_tools.engine.records import TRAFFIC_SECONDS, IdempotencyMark, Record, new_record
+from sandbox_tools.engine.runtime import Container
+from sandbox_tools.engine.sandboxes import Sandboxes
+from sandbox_tools.engine.saved import Origin, Saved, normalised
+from sandbox_tools.engine.templates import Template
+from sandbox_tools.errors import ConfigError, ConflictError, EngineError, NotFoundError
+from sandbox_tools.models import DEFAULT_TEMPLATE
+
+log = logging.getLogger(__name__)
+
+TEMPLATE_NAMES = frozenset({"base", DEFAULT_TEMPLATE})
+
+
+class Transitions:
+    """Everything that changes what a sandbox is doing.
+
+    Args:
+        sandboxes: Where a new one is entered, and one that ends is taken from.
+        template: What new sandboxes are made from.
+        on_deadline_moved: Told whenever a sandbox begins to run or its end moves.
+        now: The wall clock.
+    """
+
+    def __init__(
+        self,
+        sandboxes: Sandboxes,
+        lifecycle: Lifecycle,
+        saved: Saved,
+        journal: Journal,
+        metering: Metering,
+        template: Template,
+        *,
+        on_deadline_moved: Callable[[], None],
+        now: Callable[[], datetime],
+    ) -> None:
+        self._sandboxes = sandboxes
+        self._lifecycle = lifecycle
+        self._saved = saved
+        self._journal = journal
+        self._metering = metering
+        self._template = template
+        self._on_deadline_moved = on_deadline_moved
+        self._now = now
+
+    @asynccontextmanager
+    async def standing(self, entry: Entry, op: str) -> AsyncIterator[None]:
+        """Holds a running sandbox, so that nothing else is done to it meanwhile.
+
+        Raises:
+            ConflictError: It is paused.
+        """
+        async with entry.lock:
+            self._sandboxes.check_there(entry)
+            if entry.phase != "running":
+                msg = f"Sandbox {entry.record.id} is {entry.phase}. Connect to it first."
+                raise ConflictError(msg, op=op, sandbox_id=entry.record.id)
+            yield
+
+    async def begin(self, record: Record, origin: Origin, env: Mapping[str, str] | None) -> Entry:
+        """Bring up a new sandbox. Raises as `create` does."""
+        entry = Entry(record, "resuming")
+        with self._sandboxes.beginning(entry):
+            await self._lifecycle.create(entry, origin, env)
+        self._journal.note(record.id, f"created from {origin.name}", template=origin.name)
+        self._on_deadline_moved()
+        return entry
+
+    async def change(self, entry: Entry, changes: Mapping[str, Any]) -> None:
+        """Change a sandbox's record for good."""
+        async with entry.lock:
+            self._sandboxes.check_there(entry)
+            await self._change(entry, changes)
+
+    async def create(self, request: NewSandbox, timeout: int, mark: IdempotencyMark | None) -> Entry:
+        reference = normalised(request.template_id, "create")
+        if reference.partition(":")[0] in TEMPLATE_NAMES:
+            template = self._template
+            origin = Origin(
+                name=reference.partition(":")[0],
+                template=template.id,
+                runsc=template.runsc.name,
+                memory_mb=template.memory_mb,
+                image=template.image,
+            )
+            record = new_record(origin, now=self._now(), timeout=timeout, request=request, mark=mark)
+            return await self.begin(record, origin, request.env_vars)
+
+        snapshot = self._saved.find(reference)
+        if snapshot is None:
+            msg = f"Template {request.template_id!r} not found. This engine has {sorted(TEMPLATE_NAMES)} and snapshots."
+            raise NotFoundError(msg, op="create")
+
+        async with self._saved.used(snapshot) as origin:
+            record = new_record(origin, now=self._now(), timeout=timeout, request=request, mark=mark)
+            # Without variables of its own it has those of what the snapshot was taken of.
+            return await self.begin(record, origin, request.env_vars or None)
+
+    async def create_id(self, request: NewSandbox, timeout: int, mark: IdempotencyMark) -> str:
+        return (await self.create(request, timeout, mark)).record.id
+
+    async def connect(
+        self, entry: Entry, seconds: int, *, memory: bool, changes: Mapping[str, Any]
+    ) -> tuple[Entry, bool]:
+        async with entry.lock:
+            self._sandboxes.check_there(entry)
+            if entry.phase == "paused":
+                await self._resume(entry, seconds, memory=memory, changes=changes)
+                return entry, True
+
+            await self._reach(entry)
+            await self._extend(entry, seconds)
+            return entry, False
+
+    async def wake(self, entry: Entry) -> None:
+        async with entry.lock:
+            self._sandboxes.check_there(entry)
+            self.check_awake(entry)
+            if entry.phase == "paused":
+                await self._resume(entry, min(max(entry.record.timeout, TRAFFIC_SECONDS), MAX_TIMEOUT))
+            else:
+                await self._reach(entry)
+
+    async def _resume(
+        self, entry: Entry, seconds: int, *, memory: bool = True, changes: Mapping[str, Any] | None = None
+    ) -> None:
+        self._sandboxes.check_room("connect")
+        rebooted = not (memory and entry.record.pause_memory)
+        await self._lifecycle.resume(entry, timedelta(seconds=seconds), memory=memory, changes=changes or {})
+        self._journal.note(entry.record.id, "resumed without its memory" if rebooted else "resumed")
+        self._on_deadline_moved()
+
+    async def _reach(self, entry: Entry) -> None:
+        """Have a tunnel to a sandbox that runs."""
+        if entry.tunnel is not None and entry.tunnel.attached:
+            return
+
+        if not await self._lifecycle.adopt(entry):
+            await self.end(entry, _by_itself(entry))
+            raise self._sandboxes.unknown(entry.record.id)
+
+        if entry.tunnel is None:
+            msg = f"Sandbox {entry.record.id} runs but can't be reached now. Try again in a moment."
+            raise EngineError(msg, op="connect", sandbox_id=entry.record.id)
+
+    async def set_timeout(self, entry: Entry, seconds: int, *, shorten: bool) -> None:
+        async with entry.lock:
+            if entry.phase != "running":
+                raise self._sandboxes.unknown(entry.record.id)
+            if shorten:
+                await self._change(entry, {"end_at": self._end_in(entry, seconds)})
+            else:
+                await self._extend(entry, seconds)
+
+    async def _extend(self, entry: Entry, seconds: int) -> None:
+        # Never shortened, and exactly as it was where it is not extended: clients compare it.
+        end = self._end_in(entry, seconds)
+        if end > entry.record.end_at:
+            await self._change(entry, {"end_at": end})
+
+    def _end_in(self, entry: Entry, seconds: int) -> datetime:
+        now, last = self._now(), entry.record.started_at + timedelta(seconds=MAX_TIMEOUT)
+        if now >= last:
+            msg = (
+                f"Max instance length exceeded: a sandbox runs for {MAX_TIMEOUT // 3600} hours at most. Pause it first."
+            )
+            raise ConfigError(msg, op="set_timeout", sandbox_id=entry.record.id)
+        return min(now + timedelta(seconds=min(seconds, MAX_TIMEOUT)), last)
+
+    async def pause(self, entry: Entry, *, memory: bool = True, healthy: bool = False) -> None:
+        async with entry.lock:
+            self._sandboxes.check_there(entry)
+            # A call that came during a pause finds it done and has joined it.
+            if entry.phase == "running":
+                if healthy:
+                    await self._lifecycle.check_health(entry)
+                await self._pause_locked(entry, memory=memory)
+
+    async def _pause_locked(self, entry: Entry, *, memory: bool) -> None:
+        try:
+            await self._lifecycle.pause(entry, memory=memory)
+            self._journal.note(entry.record.id, "paused" if memory else "paused without its memory")
+        except EngineError as error:
+            self._journal.note(entry.record.id, error.message, level="error")
+            raise
+        finally:
+            if entry.phase == "gone":
+                self._forget(entry, "it ended while it was being paused")
+
+    async def reboot(self, entry: Entry, seconds: int) -> Entry:
+        async with entry.lock:
+            self._sandboxes.check_there(entry)
+            if entry.phase == "paused":
+                await self._resume(entry, seconds, memory=False)
+            else:
+                await self._lifecycle.restart(entry)
+                self._journal.note(entry.record.id, "rebooted")
+                await self._reach(entry)
+                await self._extend(entry, seconds)
+            return entry
+
+    async def kill(self, entry: Entry) -> None:
+        async with entry.lock:
+            self._sandboxes.check_there(entry)
+            await self.end(entry, "it was killed")
+
+    async def expire(self, entry: Entry, retry_at: datetime) -> None:
+        async with entry.lock:
+            # Somebody may have extended it while this waited for the lock.
+            if entry.phase != "running" or entry.record.end_at != retry_at:
+                return
+
+            if not entry.record.auto_pause:
+                await self.end(entry, "its timeout was reached")
+                return
+
+            try:
+                await self._pause_locked(entry, memory=entry.record.auto_pause_memory)
+            except EngineError as error:
+                log.error("%s", error)
+
+    async def lost(self, entry: Entry, container: Container) -> None:
+        async with entry.lock:
+            if entry.phase != "running" or self._lifecycle.container(entry) != container:
+                return
+
+            reason = _by_itself(entry)
+            log.error("Sandbox %s is lost: %s", entry.record.id, reason)
+            await self.end(entry, reason)
+
+    async def end(self, entry: Entry, reason: str) -> None:
+        # Remembered first: from here on whoever asks is told that it is gone, and why.
+        self._sandboxes.remember(entry, reason)
+        await self._lifecycle.end(entry, reason)
+        self._forget(entry, reason)
+
+    async def _change(self, entry: Entry, changes: Mapping[str, Any]) -> None:
+        before = entry.record
+        entry.record = before.model_copy(update=dict(changes))
+        try:
+            await self._lifecycle.save(entry)
+        except EngineError:
+            entry.record = before
+            raise
+        self._on_deadline_moved()
+
+    def check_awake(self, entry: Entry) -> None:
+        """Whether traffic may come in, be it that the sandbox has to be resumed.
+
+        Raises:
+            NotFoundError: It sleeps, and traffic does not wake it.
+        """
+        if entry.phase == "paused" and not entry.record.wakes:
+            msg = f"Sandbox {entry.record.id} is paused and traffic does not wake it. Connect to it to resume it."
+            raise NotFoundError(msg, op="connect", sandbox_id=entry.record.id)
+
+    def _forget(self, entry: Entry, reason: str) -> None:
+        self._sandboxes.remember(entry, reason)
+        self._sandboxes.forget(entry)
+        self._metering.forget(entry.record.id)
+
+
+def _by_itself(entry: Entry) -> str:
+    return f"it ended by itself; most likely it needed more than its {entry.record.memory_mb} MB of memory"

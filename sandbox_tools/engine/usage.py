@@ -1,0 +1,86 @@
+"""What a process and those below it take of the host, read from `/proc` and the control groups."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+from sandbox_tools.engine.runtime import Container, Usage
+
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def measure(pid: int, container: Container) -> Usage:
+    """What the container takes whose first process this is."""
+    disk = os.statvfs(container.directory)
+    return Usage(
+        cpu_seconds=_cpu_seconds(pid),
+        memory=memory(pid),
+        cache=_cache(pid),
+        disk=_written(pid, container.filestore),
+        disk_free=disk.f_bavail * disk.f_frsize,
+    )
+
+
+def memory(pid: int) -> int:
+    """RAM in bytes, each process with its share of what they share (PSS)."""
+    return sum(_proportional_bytes(each) for each in _with_descendants(pid))
+
+
+def _with_descendants(pid: int) -> list[int]:
+    found = [pid]
+    for each in found:  # grows while it is walked
+        with contextlib.suppress(OSError):
+            for task in Path(f"/proc/{each}/task").iterdir():
+                found += map(int, (task / "children").read_text().split())
+    return found
+
+
+def _proportional_bytes(pid: int) -> int:
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def _cpu_seconds(pid: int) -> float:
+    ticks = 0
+    for each in _with_descendants(pid):
+        with contextlib.suppress(OSError, IndexError):
+            # After the name, which may hold blanks: fields 14 to 17 of proc(5), ended children included.
+            fields = Path(f"/proc/{each}/stat").read_text(errors="replace").rpartition(")")[2].split()
+            ticks += sum(map(int, fields[11:15]))
+    return ticks / _TICKS
+
+
+def _cache(pid: int) -> int:
+    for group in _groups(pid):
+        with contextlib.suppress(OSError):
+            for line in (group / "memory.stat").read_text().splitlines():
+                # `file` in version 2 of control groups, `cache` in version 1; memory that is shared is in both.
+                name, _, value = line.partition(" ")
+                if name in ("file", "cache"):
+                    return int(value)
+    return 0
+
+
+def _groups(pid: int) -> list[Path]:
+    """The control groups that account for its memory; only where they were made for it."""
+    found = []
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if "/sandbox-tools/" in path and controllers in ("", "memory"):
+                found.append(Path("/sys/fs/cgroup", controllers, path.lstrip("/")))
+    return found
+
+
+def _written(pid: int, filestore: Path) -> int:
+    """The file behind the overlay has no name any more: only the process that holds it open leads to it."""
+    for fd in Path(f"/proc/{pid}/fd").glob("*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(fd).startswith(f"{filestore}/"):
+                return fd.stat().st_blocks * 512
+    return 0
