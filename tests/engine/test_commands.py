@@ -155,14 +155,31 @@ def test_an_end_is_told(commands: Commands, script: str, status: str, code: int)
     assert (end["status"], end["exitCode"]) == (status, code)
 
 
-def test_a_missing_program_is_said(commands: Commands) -> None:
-    for headers in ({}, basic("root")):
-        with commands.stream("Start", {"process": {"cmd": "no-such-program"}}, **headers) as stream:
-            error = stream.rest().error
+@pytest.mark.parametrize("user", ["user", "root"])
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        ("no-such-program", "No such file or directory"),
+        ("/no/such/program", "No such file or directory"),
+        ("./program", "No such file or directory"),
+        ("/etc/passwd", "Permission denied"),
+        ("/etc", "Permission denied"),
+    ],
+)
+def test_a_program_that_is_none_is_said(commands: Commands, user: str, program: str, words: str) -> None:
+    with commands.stream("Start", {"process": {"cmd": program}}, **basic(user)) as stream:
+        error = stream.rest().error
 
-        assert error is not None
-        assert error["code"] == "invalid_argument"
-        assert "no-such-program" in error["message"]
+    assert error is not None
+    assert error["code"] == "invalid_argument"
+    assert f"error starting process '{program}': " in error["message"]
+    assert words in error["message"]
+
+
+def test_a_program_beside_the_working_directory_is_found(commands: Commands) -> None:
+    commands.run("printf '#!/bin/sh\\necho $0 $1' > /var/tmp/program; chmod +x /var/tmp/program")
+    with commands.stream("Start", {"process": {"cmd": "./program", "args": ["a b"], "cwd": "/var/tmp"}}) as stream:
+        assert stream.rest().stdout == b"./program a b\n"
 
 
 def test_at_the_deadline_the_command_is_killed_with_all_that_it_started(commands: Commands) -> None:
