@@ -527,7 +527,7 @@ def deep(tmp_path: Path) -> Path:
     return root
 
 
-FUZZED = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZED = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @FUZZED
