@@ -77,9 +77,7 @@ class Kernel:
         self._files = files
         self._shell = _channel(SocketType.DEALER, "shell", connection)
         self._iopub = _channel(SocketType.SUB, "iopub", connection)
-        self._control = (
-            _channel(SocketType.DEALER, "control", connection) if language.interrupt == "message" else None
-        )
+        self._control = _channel(SocketType.DEALER, "control", connection) if language.interrupt == "message" else None
         self._process = process
         self._stderr = stderr
         self._tail = b""
