@@ -27,6 +27,11 @@ class Python(IPythonKernel):  # type: ignore[misc]  # ipykernel is not typed
 
     _supports_kernel_subshells = False
 
+    def _publish_status(self, status: str, *rest: Any, **more: Any) -> None:
+        # That it is busy the guest knows, who asked for it.
+        if status != "busy":
+            super()._publish_status(status, *rest, **more)
+
     def start(self) -> None:
         """Begins to take requests."""
         super().start()
