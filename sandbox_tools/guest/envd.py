@@ -1,4 +1,4 @@
-"""The sandbox's own daemon (port 49983): its health, what the engine tells it, and its processes."""
+"""The sandbox's own daemon (port 49983): its health, what the engine tells it, and who may call the rest of it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from sandbox_tools.guest import files, filesystem, process
+from sandbox_tools.guest import files, filesystem, metrics, process
 from sandbox_tools.guest.processes import Processes
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def create_app(settings: Settings, processes: Processes | None = None, internal:
             Route("/envs", _envs),
             *files.routes(),
             *filesystem.routes(),
+            *metrics.routes(),
             *process.routes(settings, processes or Processes()),
             *internal,
         ],

@@ -15,6 +15,8 @@ from typing import Any
 import httpx
 import pytest
 import pytest_asyncio
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from sandbox_tools.guest import envd
 from sandbox_tools.guest.files import CHUNK
@@ -473,8 +475,7 @@ async def test_a_query_that_is_no_text_is_refused(tmp_path: Path, query: bytes) 
     assert answer.split()[1] in (b"400", b"401")
 
 
-async def test_a_full_disk_is_a_507_and_the_old_file_stays(http: httpx.AsyncClient, tmp_path: Path) -> None:
-    """A limit on the size of files is the one full disk that needs no rights to be made; the error is another one."""
+async def test_a_file_that_may_not_be_so_large_is_refused(http: httpx.AsyncClient, tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("before")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -507,3 +508,114 @@ async def test_no_file_stays_open(http: httpx.AsyncClient, tmp_path: Path) -> No
     async with asyncio.timeout(30):
         while len(os.listdir("/proc/self/fd")) > before:
             await asyncio.sleep(0.01)
+
+
+NAMES = st.one_of(
+    st.sampled_from(["a", "..", ".", "", "~", "link", "loop", "file", "n" * 256, "\0", "\u00e4", " ", '"', "\\"]),
+    st.text(max_size=6),
+)
+
+
+@pytest.fixture
+def deep(tmp_path: Path) -> Path:
+    """A directory that a few steps back do not lead out of the test's own."""
+    root = tmp_path / "d" / "e" / "e" / "p" / "er" / "still"
+    root.mkdir(parents=True)
+    (root / "file").write_text("kept")
+    (root / "loop").symlink_to("loop")
+    (root / "link").symlink_to(root)
+    return root
+
+
+FUZZED = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@FUZZED
+@given(names=st.lists(NAMES, max_size=6), form=st.booleans())
+async def test_no_path_is_too_strange_to_be_answered(
+    http: httpx.AsyncClient, deep: Path, names: list[str], form: bool
+) -> None:
+    """It is written where it says, or refused as the caller's fault; nothing appears beside the test's directory."""
+    path = f"{deep}/{'/'.join(names)}"
+    outside = deep.parents[6]
+    before = sorted(outside.iterdir())
+
+    if form:
+        answer = await http.post("/files", files={"file": ("x", b"new")}, params={"path": path})
+    else:
+        answer = await put(http, path, b"new")
+
+    assert answer.status_code in (200, 400, 404), answer.text
+    if answer.status_code == 200:
+        assert Path(answer.json()[0]["path"]).read_bytes() == b"new"
+        assert answer.json()[0]["path"] == os.path.normpath(path)
+    assert unfinished(outside) == []
+    assert sorted(outside.iterdir()) == before
+    assert (await get(http, path)).status_code in (200, 400, 404)
+
+
+LINES = st.sampled_from(
+    [
+        b"--B",
+        b"--B--",
+        b"--",
+        b"",
+        b"B",
+        b'Content-Disposition: form-data; name="file"; filename="DIR/f"',
+        b'Content-Disposition: form-data; name="file"; filename="DIR/g"',
+        b'Content-Disposition: form-data; name="other"',
+        b"Content-Disposition: form-data; name=file",
+        b'Content-Disposition: form-data; name="file"; filename="DIR/\xff"',
+        b'Content-Disposition: form-data; name="file"; filename*=utf-8\'\'%2Fx%00; filename="~"',
+        b'content-disposition:;;;=="',
+        b"X: " + b"y" * 9000,
+        b": no name",
+        b"text",
+    ]
+)
+BODIES = st.lists(LINES | st.binary(max_size=20), max_size=12).map(b"\r\n".join)
+
+
+@FUZZED
+@given(body=BODIES, packed=st.booleans(), step=st.integers(1, 400))
+async def test_no_form_is_too_broken_to_be_answered(
+    http: httpx.AsyncClient, deep: Path, body: bytes, packed: bool, step: int
+) -> None:
+    """What is put in its place is whole, and nothing else is left behind."""
+    headers = {"content-type": "multipart/form-data; boundary=B"} | ({"content-encoding": "gzip"} if packed else {})
+    body = body.replace(b"DIR", os.fsencode(deep))
+    content = pieces(gzip.compress(body) if packed else body, step)
+
+    answer = await http.post("/files", content=content, headers=headers)
+
+    assert answer.status_code in (200, 400), answer.text
+    assert answer.status_code == 400 or all(Path(entry["path"]).is_file() for entry in answer.json())
+    assert unfinished(deep) == []
+    assert {path.name for path in deep.iterdir()} <= {"file", "loop", "link", "f", "g"}
+
+
+@FUZZED
+@given(noise=st.binary(max_size=300), valid=st.binary(max_size=300), cut=st.integers(0, 300))
+async def test_no_gzip_is_too_broken_to_be_answered(
+    http: httpx.AsyncClient, deep: Path, noise: bytes, valid: bytes, cut: int
+) -> None:
+    body = gzip.compress(valid)[:cut] + noise
+
+    answer = await put(http, deep / "file", body, headers={"content-encoding": "gzip"})
+
+    assert answer.status_code in (200, 400), answer.text
+    if answer.status_code == 200:
+        assert (deep / "file").read_bytes() == gzip.decompress(body)
+    assert unfinished(deep) == []
+
+
+async def test_a_small_body_that_unpacks_into_a_large_file_is_written_piece_by_piece(
+    http: httpx.AsyncClient, tmp_path: Path
+) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    packed = b"".join(gzip.compress(bytes(1 << 20)) for _ in range(256))
+
+    assert (await put(http, tmp_path / "zeros", packed, headers={"content-encoding": "gzip"})).status_code == 200
+
+    assert (tmp_path / "zeros").stat().st_size == 256 << 20
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KiB
