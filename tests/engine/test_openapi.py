@@ -29,6 +29,7 @@ from sandbox_tools.engine import controls, reports, unsupported
 from sandbox_tools.engine.lifecycle import Entry
 from sandbox_tools.engine.openapi import document
 from tests.engine.inside import EngineInside, engine_inside
+from tests.machine import PATIENCE
 
 KEY = "e2b_key"
 
@@ -67,7 +68,7 @@ class Living:
     def __init__(self, engine: EngineInside) -> None:
         self.engine = engine
         self.http = httpx.Client(
-            base_url=f"http://127.0.0.1:{engine.port}", headers={"X-API-KEY": KEY}, timeout=60, trust_env=False
+            base_url=f"http://127.0.0.1:{engine.port}", headers={"X-API-KEY": KEY}, timeout=PATIENCE, trust_env=False
         )
 
     def sandbox(self, phase: str) -> str:
@@ -129,14 +130,14 @@ def _exercise(schema: Any, engine: EngineInside, name: str, examples: int) -> in
         nonlocal sent
         sent += 1
         changed = _make_real(case, living, about)
-        case.call_and_validate(headers={"X-API-KEY": KEY}, checks=ALWAYS if changed else AS_GENERATED)
+        case.call_and_validate(headers={"X-API-KEY": KEY}, timeout=PATIENCE, checks=ALWAYS if changed else AS_GENERATED)
 
     @quiet
     @given(case=operation.as_strategy(generation_mode=GenerationMode.NEGATIVE))
     def broken(case: Any) -> None:
         nonlocal sent
         sent += 1
-        case.call_and_validate(headers={"X-API-KEY": KEY}, checks=AS_GENERATED)
+        case.call_and_validate(headers={"X-API-KEY": KEY}, timeout=PATIENCE, checks=AS_GENERATED)
 
     sensible()
     if operation.body or list(operation.iter_parameters()):
