@@ -20,16 +20,16 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-import httpcore
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from sandbox_tools import Client
 from sandbox_tools.engine.bundle import write_bundle
+from sandbox_tools.engine.http1 import call
 from sandbox_tools.engine.runtime import Container
 from sandbox_tools.engine.templates import Template, prepare
-from sandbox_tools.engine.tunnel import Tunnel, TunnelBackend
+from sandbox_tools.engine.tunnel import Tunnel
 from sandbox_tools.models import INTERPRETER_PORT
 from sandbox_tools.paths import state_directory, templates_directory
 
@@ -80,12 +80,11 @@ class Bare:
 
     async def run(self, code: str) -> None:
         body = json.dumps({"code": code, "context_id": None, "language": None, "env_vars": None}).encode()
-        async with httpcore.AsyncConnectionPool(network_backend=TunnelBackend(self.tunnel)) as pool:
-            headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}
-            url = f"http://sandbox:{INTERPRETER_PORT}/execute"
-            answer = await pool.request("POST", url, headers=headers, content=body)
-        assert answer.status == 200, answer.content
-        assert b'"error"' not in answer.content, answer.content
+        status, answer = await call(
+            self.tunnel, INTERPRETER_PORT, "POST", "/execute", headers={"Content-Type": "application/json"}, body=body
+        )
+        assert status == 200, answer
+        assert b'"error"' not in answer, answer
 
     async def end(self) -> None:
         self.tunnel.detach("done")

@@ -118,24 +118,24 @@ class Box:
         """What routes a request to the interpreter."""
         return {"E2b-Sandbox-Id": self.id, "E2b-Sandbox-Port": "49999", "X-Access-Token": self.token}
 
-    def run(self, code: str) -> list[dict[str, Any]]:
-        """All events of one execution."""
-        with self.stream(code) as lines:
+    def run(self, code: str, **more: Any) -> list[dict[str, Any]]:
+        """All events of one execution; `more` goes into the body."""
+        with self.stream(code, **more) as lines:
             return list(lines)
 
     @contextlib.contextmanager
-    def stream(self, code: str) -> Iterator[Iterator[dict[str, Any]]]:
+    def stream(self, code: str, **more: Any) -> Iterator[Iterator[dict[str, Any]]]:
         """The events of one execution as they come; leaving early breaks the connection."""
-        body = {"code": code, "context_id": None, "language": None, "env_vars": None}
+        body = {"code": code, "context_id": None, "language": None, "env_vars": None, **more}
         with self.engine.http() as http, http.stream("POST", "/execute", json=body, headers=self.headers) as answer:
             if answer.status_code == 502:
                 raise httpx.RemoteProtocolError(answer.read().decode())
             assert answer.status_code == 200, answer.read()
             yield (json.loads(line) for line in answer.iter_lines())
 
-    def value(self, code: str) -> str:
+    def value(self, code: str, **more: Any) -> str:
         """The text of the last expression's value; the code must not raise."""
-        events = self.run(code)
+        events = self.run(code, **more)
         assert not [event for event in events if event["type"] == "error"], events
         return next(event["text"] for event in events if event["type"] == "result")
 

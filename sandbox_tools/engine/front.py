@@ -13,13 +13,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sandbox_tools.engine.access import Keys, Refusal, refusal
 from sandbox_tools.engine.api import Engine, control_plane
-from sandbox_tools.engine.gateway import forward
+from sandbox_tools.engine.gateway import NOT_FOUND, forward
 from sandbox_tools.engine.routing import SERVICE_PORTS, Address, AddressError, Asked, address_of, names_the_sandbox
 from sandbox_tools.engine.tunnel import Tunnel
 from sandbox_tools.errors import CapacityError, ConflictError, NotFoundError, SandboxError, status_of
-
-NOT_FOUND = "The sandbox was not found"
-"""What E2B's SDKs look for to tell that a sandbox is gone."""
 
 OPEN = ("/health", "/openapi.json")
 """Paths of the control plane that need no key."""

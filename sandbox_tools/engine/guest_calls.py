@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping
 
-import httpcore
-
-from sandbox_tools.engine.tunnel import Tunnel, TunnelBackend
+from sandbox_tools.engine.http1 import call
+from sandbox_tools.engine.tunnel import Tunnel
 from sandbox_tools.errors import EngineError
 from sandbox_tools.models import ENVD_PORT
 
@@ -57,23 +57,14 @@ async def _ask(
     seconds: float = 30.0,
 ) -> None:
     content = b"" if body is None else json.dumps(body).encode()
-    async with httpcore.AsyncConnectionPool(network_backend=TunnelBackend(tunnel)) as pool:
-        try:
-            response = await pool.request(
-                method,
-                f"http://sandbox:{ENVD_PORT}{path}",
-                headers={
-                    "Content-Type": "application/json",
-                    "Content-Length": str(len(content)),
-                    "X-Access-Token": token,
-                },
-                content=content,
-                extensions={"timeout": {"connect": seconds, "read": seconds, "write": seconds}},
-            )
-        except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException) as error:
-            msg = f"The guest did not answer {path!r}: {type(error).__name__} {error}"
-            raise EngineError(msg, sandbox_id=sandbox_id) from error
+    headers = {"Content-Type": "application/json", "X-Access-Token": token}
+    try:
+        async with asyncio.timeout(seconds):
+            status, answer = await call(tunnel, ENVD_PORT, method, path, headers=headers, body=content)
+    except (ConnectionError, TimeoutError) as error:
+        msg = f"The guest did not answer {path!r}: {type(error).__name__} {error}"
+        raise EngineError(msg, sandbox_id=sandbox_id) from error
 
-    if response.status != 204:
-        msg = f"The guest refused {path!r} with {response.status}: {response.content[:300]!r}"
+    if status != 204:
+        msg = f"The guest refused {path!r} with {status}: {answer[:300]!r}"
         raise EngineError(msg, sandbox_id=sandbox_id)

@@ -244,7 +244,12 @@ def _python_packages(root: Path) -> Path:
         msg = f"{sys.executable!r} has no pip. Run `{sys.executable} -m ensurepip` and try again."
         raise ConfigError(msg, op="setup") from error
 
-    # Scripts begin with the path of the interpreter that installed them, which is not in the root.
+    # Programs are kept; scripts begin with the path of the interpreter that installed them, which is not in the root.
+    for file in (packages / "bin").glob("*"):
+        with file.open("rb") as opened:
+            program = opened.read(4) == b"\x7fELF"
+        if program:
+            file.rename(root / "usr/local/bin" / file.name)
     shutil.rmtree(packages / "bin", ignore_errors=True)
     return packages
 

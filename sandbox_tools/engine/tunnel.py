@@ -1,26 +1,20 @@
-"""The engine's end of the tunnel: a pair of named pipes per sandbox, and httpcore connections through them."""
+"""The engine's end of the tunnel: a pair of named pipes per sandbox, and streams through them."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import secrets
-from typing import TYPE_CHECKING, Any
-
-import httpcore
+from typing import TYPE_CHECKING
 
 from sandbox_tools.errors import EngineError
-from sandbox_tools.guest.mux import HELLO, NONCE_BYTES, RESYNC, Mux, Stream, StreamResetError, frame
+from sandbox_tools.guest.frames import HELLO, NONCE_BYTES, PIPE_SIZE, RESYNC, enlarge, frame
+from sandbox_tools.guest.mux import Mux, Stream, StreamResetError
 
 if TYPE_CHECKING:
-    import ssl
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
-
-# Bytes a pipe holds: larger saves wake-ups, and an ordinary user may own 64 MiB of pipes in all (pipe(7)).
-_PIPE_SIZE = 1 << 18
 
 ATTACH_SECONDS = 30.0
 """How long a guest may take to answer: milliseconds, unless a loaded machine is still paging it in."""
@@ -28,6 +22,11 @@ ATTACH_SECONDS = 30.0
 
 class PortClosedError(ConnectionError):
     """Raised when nothing inside the sandbox listens on the port."""
+
+
+def is_refusal(error: StreamResetError) -> bool:
+    """Whether a stream was reset because nothing inside listens on its port."""
+    return str(error).startswith("refused")
 
 
 class Pipes:
@@ -74,8 +73,7 @@ class Tunnel:
         for path in (self._pipes.stdin, self._pipes.stdout):
             fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
             self._fds.append(fd)
-            with contextlib.suppress(OSError):  # refused past the user's share; the default size works, slower
-                fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
+            enlarge(fd)
 
     async def attach(self, seconds: float = ATTACH_SECONDS) -> None:
         """Agree with the guest on a fresh epoch; streams can be opened afterwards.
@@ -96,8 +94,7 @@ class Tunnel:
             raise EngineError(msg, op="attach") from None
 
         self._mux = Mux(self._fds[1], self._fds[0])
-        self._mux.feed(rest)
-        self._mux.start()
+        self._mux.start(rest)
 
     @property
     def attached(self) -> bool:
@@ -112,22 +109,30 @@ class Tunnel:
         while self._fds:
             os.close(self._fds.pop())
 
-    async def open(self, port: int) -> Stream:
-        """A stream to a port inside.
+    def begin(self, port: int) -> Stream:
+        """A stream to a port inside that may be written to at once, before it is known
+        whether somebody listens.
 
         Raises:
-            PortClosedError: Nothing listens there.
             StreamResetError: The sandbox is going away.
         """
         if self._mux is None:
             msg = "the tunnel is not attached"
             raise StreamResetError(msg)
+        return self._mux.open(port)
 
-        stream = self._mux.open(port)
+    async def open(self, port: int) -> Stream:
+        """A stream to a port inside, where somebody listens.
+
+        Raises:
+            PortClosedError: Nobody does.
+            StreamResetError: The sandbox is going away.
+        """
+        stream = self.begin(port)
         try:
             await stream.opened
         except StreamResetError as error:
-            if str(error).startswith("refused"):
+            if is_refusal(error):
                 raise PortClosedError(str(error)) from None
             raise
         except asyncio.CancelledError:
@@ -149,7 +154,7 @@ class Tunnel:
         while (at := seen.find(mark)) < 0:
             seen = seen[-len(mark) :]
             try:
-                seen += os.read(self._fds[1], _PIPE_SIZE)
+                seen += os.read(self._fds[1], PIPE_SIZE)
             except BlockingIOError:
                 await self._ready(self._fds[1], writing=False)
         return seen[at + len(mark) :]
@@ -163,68 +168,3 @@ class Tunnel:
             await event.wait()
         finally:
             remove(fd)
-
-
-class TunnelBackend(httpcore.AsyncNetworkBackend):
-    """Lets httpcore connect to the ports of a sandbox: the host name is ignored, the port is the guest's."""
-
-    def __init__(self, tunnel: Tunnel) -> None:
-        self._tunnel = tunnel
-
-    async def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Iterable[Any] | None = None,
-    ) -> httpcore.AsyncNetworkStream:
-        """A connection to `port` inside.
-
-        Raises:
-            httpcore.ConnectError: Nothing listens there, or the sandbox is going away.
-        """
-        try:
-            async with asyncio.timeout(timeout):
-                return _TunnelStream(await self._tunnel.open(port))
-        except PortClosedError as error:
-            raise httpcore.ConnectError(str(error)) from error
-        except StreamResetError as error:
-            raise httpcore.ReadError(str(error)) from error
-        except TimeoutError as error:
-            raise httpcore.ConnectTimeout from error
-
-
-class _TunnelStream(httpcore.AsyncNetworkStream):
-    def __init__(self, stream: Stream) -> None:
-        self._stream = stream
-
-    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        try:
-            async with asyncio.timeout(timeout):
-                return await self._stream.read(max_bytes)
-        except StreamResetError as error:
-            raise httpcore.ReadError(str(error)) from error
-        except TimeoutError as error:
-            raise httpcore.ReadTimeout from error
-
-    async def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        try:
-            async with asyncio.timeout(timeout):
-                await self._stream.write(buffer)
-        except StreamResetError as error:
-            raise httpcore.WriteError(str(error)) from error
-        except TimeoutError as error:
-            raise httpcore.WriteTimeout from error
-
-    async def aclose(self) -> None:
-        self._stream.close()
-
-    async def start_tls(
-        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
-    ) -> httpcore.AsyncNetworkStream:
-        msg = "connections through the tunnel are plain"
-        raise httpcore.UnsupportedProtocol(msg)
-
-    def get_extra_info(self, info: str) -> Any:
-        return self._stream.readable if info == "is_readable" else None

@@ -188,6 +188,7 @@ class _Stream(Response):
         self._interval = call.keepalive if keepalive is not None else None
         self._keepalive = envelope(keepalive or {})
         self._timeout = timeout
+        self._written = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sending = asyncio.create_task(self._send(send))
@@ -217,30 +218,33 @@ class _Stream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _pass_on(self, write: Callable[[bytes], Awaitable[None]]) -> None:
-        interval = None  # the first message is the handler's, however long it takes
-        coming: asyncio.Task[Message | bytes | None] | None = None
+        keeping: asyncio.Task[None] | None = None
+        loop = asyncio.get_running_loop()
         try:
-            while True:
-                coming = asyncio.create_task(_next(self._messages))
-                while not (await asyncio.wait({coming}, timeout=interval))[0]:
-                    await write(self._keepalive)
-
-                message = coming.result()
-                if message is None:
-                    return
+            async for message in self._messages:
                 await write(message if isinstance(message, bytes) else envelope(message))
-                interval = self._interval
+                self._written = loop.time()
+                # The first message is the handler's, however long it takes.
+                if keeping is None and self._interval is not None:
+                    keeping = asyncio.create_task(self._keep_alive(write, self._interval))
         finally:
-            if coming is not None:
-                coming.cancel()
-                await asyncio.gather(coming, return_exceptions=True)
+            if keeping is not None:
+                keeping.cancel()
+                await asyncio.gather(keeping, return_exceptions=True)
             # What is no generator has nothing to be closed.
             if close := getattr(self._messages, "aclose", None):
                 await close()
 
-
-async def _next(messages: AsyncIterator[Message | bytes]) -> Message | bytes | None:
-    return await anext(messages, None)
+    async def _keep_alive(self, write: Callable[[bytes], Awaitable[None]], interval: float) -> None:
+        # Each write is whole, so that this one may come between any two of the handler's.
+        loop = asyncio.get_running_loop()
+        while True:
+            left = self._written + interval - loop.time()
+            if left <= 0:
+                await write(self._keepalive)
+                self._written = loop.time()
+            else:
+                await asyncio.sleep(left)
 
 
 async def _left(receive: Receive) -> None:

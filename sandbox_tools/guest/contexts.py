@@ -6,13 +6,15 @@ import asyncio
 import contextlib
 import logging
 import uuid
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any, Self
 
 from sandbox_tools.guest.events import ENDED, Event, failure, translate
 from sandbox_tools.guest.kernels import TICK, Kernel, KernelDiedError, Launch
+from sandbox_tools.guest.languages import PYTHON, Language, canonical, find
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
     from pathlib import Path
 
     from sandbox_tools.guest.settings import Settings
@@ -33,14 +35,21 @@ STUBBORN = (
     "Wait and try again; if it is still running then, its kernel is killed and the variables of this context are lost."
 )
 
+NO_CALL_ENV = (
+    "Variables for one call can't be set in {language}. This code was not run. "
+    "Give them to the context or to the sandbox when it is made."
+)
+
 
 class Context:
     """One kernel and its variables."""
 
-    def __init__(self, launch: Launch, settings: Settings, cwd: Path, env: Mapping[str, str]) -> None:
+    def __init__(
+        self, language: Language, launch: Launch, settings: Settings, cwd: Path, env: Mapping[str, str]
+    ) -> None:
         self.id = uuid.uuid4().hex
-        self.language = "python"
         self.cwd = cwd
+        self._language = language
         self._launch = launch
         self._settings = settings
         self._env = dict(env)
@@ -56,32 +65,36 @@ class Context:
         self._warned = False
         self._give_up = False
         self._lent = False
+        self._unfenced = False
+        """Whether output of the code that ran may still be on its way."""
         self._closed = False
         self._lost: str | None = None
         """What happened to the variables, until a caller has been told."""
 
     @classmethod
-    async def open(cls, launch: Launch, settings: Settings, *, cwd: Path, env: Mapping[str, str]) -> Self:
+    async def open(
+        cls, language: Language, launch: Launch, settings: Settings, *, cwd: Path, env: Mapping[str, str]
+    ) -> Self:
         """Starts the kernel.
 
         Raises:
             KernelDiedError: It did not come up.
             OSError: It could not be started, for instance because `cwd` is not there.
         """
-        context = cls(launch, settings, cwd, env)
+        context = cls(language, launch, settings, cwd, env)
         await context._start_kernel()
         context._leave()
         return context
 
     async def warm_up(self) -> None:
-        """Imports what most code imports. Raises as `open` does."""
+        """Imports what most Python code imports. Raises as `open` does."""
         async with self._occupied():
             await self._kernel.warm_up()
             await self._kernel.limit_memory(self._launch.memory_limit)
 
     def describe(self) -> dict[str, str]:
         """The context as the wire shows it."""
-        return {"id": self.id, "language": self.language, "cwd": str(self.cwd)}
+        return {"id": self.id, "language": self._language.name, "cwd": str(self.cwd)}
 
     def start(self, code: str, env: Mapping[str, str], out: Outlet) -> asyncio.Task[None]:
         """Begins an execution; its events come through `out`, `end_of_execution` last.
@@ -163,44 +176,61 @@ class Context:
         self._lost = None
 
     async def _execute(self, code: str, env: Mapping[str, str], out: Outlet) -> None:
+        failed = False
+
         async def deliver(message: Any) -> None:
+            nonlocal failed
             for event in translate(message):
+                failed = failed or event["type"] == "error"
                 await out.put(event)
 
         reply = await self._prepare(env)
         if reply["status"] == "ok":
-            await self._kernel.request(code, deliver=deliver)
-        else:
+            reply = await self._kernel.request(code, deliver=deliver)
+            # Where output may come after the reply, the end is only known behind the fence.
+            self._unfenced = bool(self._language.script and self._language.script.fence)
+            if self._unfenced:
+                await self._tidy(deliver)
+        if reply["status"] != "ok" and not failed:
             await out.put(failure(reply.get("ename", ""), reply.get("evalue", "")))
         await out.put(ENDED)
 
         with contextlib.suppress(KernelDiedError):  # the next caller finds out
-            await self._return_env()
+            await self._tidy()
 
     async def _prepare(self, env: Mapping[str, str]) -> dict[str, Any]:
         """Brings the kernel up to date with what the engine and the caller gave; returns the kernel's reply."""
-        wanted, births = self._wanted(), self._settings.births
+        wanted, births, script = self._wanted(), self._settings.births, self._language.script
+        if script is None:
+            return _refused(NO_CALL_ENV.format(language=self._language.name)) if env else {"status": "ok"}
+
         steps = []
-        if births != self._births:
-            steps.append("reseed()")
-        if wanted != self._given:
-            changed = {name: value for name, value in wanted.items() if self._given.get(name) != value}
-            steps.append(f"update_env({changed!r}, {sorted(self._given.keys() - wanted.keys())!r})")
-        if env:
-            self._lent = True
-            steps.append(f"lend_env({dict(env)!r})")
-        if not steps:
+        try:
+            if births != self._births:
+                steps.append(script.reseed())
+            if wanted != self._given:
+                changed = {name: value for name, value in wanted.items() if self._given.get(name) != value}
+                steps.append(script.update(changed, sorted(self._given.keys() - wanted.keys())))
+            if env:
+                self._lent = True
+                steps.append(script.lend(env))
+        except ValueError as error:
+            return _refused(str(error))
+        if not any(steps):
             return {"status": "ok"}
 
-        reply = await self._kernel.request("\n".join(f"__import__('_sandbox').{step}" for step in steps), silent=True)
+        reply = await self._kernel.request("\n".join(steps), silent=True)
         if reply["status"] == "ok":
             self._given, self._births = wanted, births
         return reply
 
-    async def _return_env(self) -> None:
-        if self._lent:
-            await self._kernel.request("__import__('_sandbox').return_env()", silent=True)
-            self._lent = False
+    async def _tidy(self, deliver: Callable[[Any], Awaitable[None]] | None = None) -> None:
+        """Takes back what the call was lent, and lets through what is still on its way."""
+        script = self._language.script
+        if script and (self._lent or self._unfenced):
+            steps = [script.take_back() if self._lent else "", script.fence]
+            await self._kernel.request("\n".join(steps), silent=True, fence=bool(script.fence), deliver=deliver)
+            self._lent = self._unfenced = False
 
     async def _settle(self) -> None:
         """Interrupts the code and waits until it has stopped, or until `_enter` gives up on it."""
@@ -208,7 +238,7 @@ class Context:
         try:
             if self._kernel.busy:
                 await self._interrupt()
-            await self._return_env()
+            await self._tidy()
         except KernelDiedError as death:
             self._note(death)
         finally:
@@ -285,44 +315,57 @@ class Context:
         if hasattr(self, "_kernel"):
             await self._kernel.stop()
         wanted, births = self._wanted(), self._settings.births
-        self._kernel = await Kernel.start(self._launch, cwd=self.cwd, env=wanted)
-        self._given, self._births, self._lent = wanted, births, False
+        self._kernel = await Kernel.start(self._language, self._launch, cwd=self.cwd, env=wanted)
+        self._given, self._births, self._lent, self._unfenced = wanted, births, False, False
+
+
+def _refused(why: str) -> dict[str, Any]:
+    """What a kernel would have replied."""
+    return {"status": "error", "ename": "ValueError", "evalue": why}
 
 
 class Contexts:
-    """The contexts of a sandbox, by id; the default one is made when it is first asked for."""
+    """The contexts of a sandbox, by id; each language's default one is made when it is first asked for."""
 
     def __init__(self, launch: Launch, settings: Settings) -> None:
         self._launch = launch
         self._settings = settings
         self._contexts: dict[str, Context] = {}
-        self._default: Context | None = None
-        self._making_default = asyncio.Lock()
+        self._defaults: dict[str, Context] = {}
+        self._making_default: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     def __iter__(self) -> Iterator[Context]:
         return iter(list(self._contexts.values()))
 
-    async def default(self) -> Context:
+    async def default(self, language: str = PYTHON) -> Context:
         """The context of code that names none.
 
         Raises:
+            UnknownLanguageError: No kernel for it is here.
             KernelDiedError: Its kernel did not come up.
             OSError: Its kernel could not be started.
         """
-        async with self._making_default:
-            if self._default is None:
-                self._default = await self.create()
-                if self._launch.warm_up:
-                    await self._default.warm_up()
-            return self._default
+        language = canonical(language)
+        if language not in self._defaults:
+            find(language, self._launch.account.home)  # a name that is refused leaves no lock behind
+            async with self._making_default[language]:
+                if language not in self._defaults:
+                    context = await self.create(language)
+                    if language == PYTHON and self._launch.warm_up:
+                        await context.warm_up()
+                    self._defaults[language] = context
+        return self._defaults[language]
 
     def get(self, context_id: str) -> Context | None:
         """None: there is none of that id."""
         return self._contexts.get(context_id)
 
-    async def create(self, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> Context:
+    async def create(
+        self, language: str = PYTHON, cwd: Path | None = None, env: Mapping[str, str] | None = None
+    ) -> Context:
         """Makes a context; `cwd` and `env` fall back to the sandbox's own. Raises as `default` does."""
-        context = await Context.open(self._launch, self._settings, cwd=cwd or self._launch.cwd, env=env or {})
+        kind = find(language, self._launch.account.home)
+        context = await Context.open(kind, self._launch, self._settings, cwd=cwd or self._launch.cwd, env=env or {})
         self._contexts[context.id] = context
         return context
 
@@ -332,12 +375,11 @@ class Contexts:
         if context is None:
             return False
 
-        if context is self._default:
-            self._default = None
+        self._defaults = {language: each for language, each in self._defaults.items() if each is not context}
         await context.close()
         return True
 
     async def aclose(self) -> None:
         """Ends all contexts at once."""
-        contexts, self._contexts, self._default = list(self), {}, None
+        contexts, self._contexts, self._defaults = list(self), {}, {}
         await asyncio.gather(*(context.close(now=True) for context in contexts))

@@ -1,4 +1,4 @@
-"""The sandbox's own daemon (port 49983), as far as it goes: its health, and what the engine tells it."""
+"""The sandbox's own daemon (port 49983): its health, what the engine tells it, and who may call the rest of it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from sandbox_tools.guest import files, filesystem, metrics, process
+from sandbox_tools.guest.processes import Processes
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -21,14 +24,16 @@ if TYPE_CHECKING:
 
 UNAUTHORIZED = "unauthorized access, please provide a valid access token or method signing if supported"
 
-OPEN = {("GET", "/health"), ("GET", "/files"), ("POST", "/files"), ("POST", "/init")}
-"""Routes that need no token: `/files` checks its own signatures, and the engine lets nobody else reach `/init`."""
+OPEN = {("GET", "/health"), ("POST", "/init")}
+"""Routes that need no token. The engine lets nobody else reach `/init`, which may bring another token: the memory of a
+sandbox can become that of its copy. Signatures of file URLs are checked by the engine, which then sends the token."""
 
 
-def create_app(settings: Settings, internal: Sequence[Route] = ()) -> ASGIApp:
+def create_app(settings: Settings, processes: Processes | None = None, internal: Sequence[Route] = ()) -> ASGIApp:
     """The application. Every answer that is an error is JSON with `code` and `message`.
 
     Args:
+        processes: The sandbox's, for who has to end them. None: nobody has to.
         internal: Routes that are the engine's own; it lets nobody else through to them.
     """
     app = Starlette(
@@ -36,6 +41,10 @@ def create_app(settings: Settings, internal: Sequence[Route] = ()) -> ASGIApp:
             Route("/health", _health),
             Route("/init", _init, methods=["POST"]),
             Route("/envs", _envs),
+            *files.routes(),
+            *filesystem.routes(),
+            *metrics.routes(),
+            *process.routes(settings, processes or Processes()),
             *internal,
         ],
         exception_handlers={HTTPException: _error},
@@ -92,4 +101,4 @@ async def _error(_: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         raise error
 
-    return JSONResponse({"code": error.status_code, "message": error.detail}, error.status_code)
+    return JSONResponse({"code": error.status_code, "message": error.detail}, error.status_code, error.headers)

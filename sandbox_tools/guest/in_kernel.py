@@ -1,31 +1,26 @@
-"""Runs inside each Python kernel, before the user's code: the reins that the guest holds there.
+"""Runs inside each kernel that is a Python process: starts it, and makes its output wait for the guest.
 
-The guest sends this file's text to the kernel, which keeps it as the module `_sandbox`: the kernel's user cannot read
-the guest's own files, and no path of the guest is put before the user's.
+The process reads the text of this file, and of the others that begin with `in_`, from its standard input: the kernel's
+user cannot read the guest's own files, and no path of the guest is put before the user's.
 """
 
 from __future__ import annotations
 
-import io
-import os
-import resource
 import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
 from ipykernel.iostream import OutStream
-from IPython.core.getipython import get_ipython
+from ipykernel.kernelapp import IPKernelApp
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
 
 HELD = 512 * 1024
 """Characters of output after which the code waits until they are sent."""
 
 PIECE = 64 * 1024
 """Characters in one message at most; a thousand messages may wait for the guest."""
-
-_lent: dict[str, str | None] = {}
 
 
 class PacedStream(OutStream):  # type: ignore[misc]  # ipykernel is not typed
@@ -49,22 +44,21 @@ class PacedStream(OutStream):  # type: ignore[misc]  # ipykernel is not typed
                 yield parent, text[start : start + PIECE]
 
 
-class Forgetful(dict[int, list[Any]]):
-    """Takes the place of IPython's record of every cell's output, which would grow for as long as the kernel lives."""
+def run_kernel(kind: type, prepare: Callable[[Any], None] = lambda _: None) -> None:
+    """Runs a kernel of that class until it is told to end; `prepare` gets the application before it starts."""
+    app: Any = IPKernelApp.instance(kernel_class=kind)
+    app.initialize(sys.argv[1:])
+    tame_output(app)
+    prepare(app)
+    app.start()
 
-    def __missing__(self, cell: int) -> list[Any]:
-        """A list that nobody keeps."""
-        return []
 
-
-def tame_output() -> None:
+def tame_output(app: Any) -> None:
     """Makes output wait for the guest, where ZeroMQ would drop what is too much, and forgets it once it is sent."""
-    shell: Any = get_ipython()
-    shell.history_manager.outputs = Forgetful()
     for stream in (sys.stdout, sys.stderr):
         stream.__class__ = PacedStream
 
-    thread = shell.kernel.iopub_thread
+    thread = app.iopub_thread
     schedule = thread.schedule
 
     def at_once_or_scheduled(action: Callable[[], None]) -> None:
@@ -82,62 +76,3 @@ def tame_output() -> None:
 
     # A socket belongs to its thread. Its queue keeps its length: to shorten it under way can block it for good.
     schedule(keep_everything)
-
-
-def limit_memory(fillable: int) -> None:
-    """Lets this process fill so many bytes: past that the code gets a `MemoryError`, and the sandbox lives.
-
-    What is mapped and not filled does not count, and libraries map a multiple of what they fill. Only the soft limit
-    is set: a program that reserves address space, as Node does, may raise it again.
-    """
-    with open("/proc/self/statm", encoding="ascii") as file:
-        mapped, filled = (int(pages) * resource.getpagesize() for pages in file.read().split()[:2])
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    resource.setrlimit(resource.RLIMIT_AS, (fillable + mapped - filled, hard))
-
-
-def warm_up() -> None:
-    """Imports what most code imports, and lets it fill its caches, so that every sandbox of the template has that."""
-    import matplotlib.pyplot as plt
-    import pandas
-
-    pandas.DataFrame({"a": [1]})._repr_html_()
-    figure = plt.figure()
-    figure.gca().plot([0, 1], label="a")
-    figure.legend()
-    figure.savefig(io.BytesIO(), format="png")
-    plt.close(figure)
-
-
-def update_env(changed: Mapping[str, str], gone: Iterable[str]) -> None:
-    """Sets and removes variables for good."""
-    os.environ.update(changed)
-    for name in gone:
-        os.environ.pop(name, None)
-
-
-def lend_env(env: Mapping[str, str]) -> None:
-    """Sets variables until `return_env`."""
-    for name, value in env.items():
-        _lent.setdefault(name, os.environ.get(name))
-        os.environ[name] = value
-
-
-def return_env() -> None:
-    """Puts the variables that were lent back to what they were before."""
-    while _lent:
-        name, value = _lent.popitem()
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
-
-
-def reseed() -> None:
-    """Gives the generators of this process fresh entropy: sandboxes restored from one image must not share numbers."""
-    if "random" in sys.modules:
-        sys.modules["random"].seed()
-    if "numpy.random" in sys.modules:
-        sys.modules["numpy.random"].seed()
-    if "ssl" in sys.modules:
-        sys.modules["ssl"].RAND_add(os.urandom(64), 64.0)

@@ -16,6 +16,7 @@ from starlette.routing import Route
 from sandbox_tools.guest.contexts import Context, Contexts, Outlet
 from sandbox_tools.guest.events import ENDED, KEEPALIVE, line
 from sandbox_tools.guest.kernels import KernelDiedError
+from sandbox_tools.guest.languages import PYTHON, UnknownLanguageError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping
@@ -28,8 +29,6 @@ T = TypeVar("T")
 
 KEEPALIVE_INTERVAL = 5.0
 """Seconds of silence after which a `keepalive` is sent."""
-
-LANGUAGES = {"python", "python3", "py"}
 
 
 def create_app(contexts: Contexts) -> Starlette:
@@ -80,8 +79,10 @@ async def _execute(request: Request) -> Response:
         raise HTTPException(400, "`context_id` and `language` exclude each other. Send one of them.")
 
     env = _env(body)
-    _check_language(language)
-    context = _find(request, context_id) if context_id else await _or_500(_contexts(request).default())
+    if context_id:
+        context = _find(request, context_id)
+    else:
+        context = await _made(_contexts(request).default(language or PYTHON))
     return LineStream(_lines(context, code, env), media_type="application/json")
 
 
@@ -112,9 +113,9 @@ async def _list(request: Request) -> Response:
 
 async def _create(request: Request) -> Response:
     body = await _body(request)
-    _check_language(_text(body, "language"))
-    cwd = _text(body, "cwd")
-    context = await _or_500(_contexts(request).create(Path(cwd) if cwd else None, _env(body)))
+    language, cwd = _text(body, "language"), _text(body, "cwd")
+    made = _contexts(request).create(language or PYTHON, Path(cwd) if cwd else None, _env(body))
+    context = await _made(made)
     return JSONResponse(context.describe())
 
 
@@ -126,7 +127,7 @@ async def _delete(request: Request) -> Response:
 
 
 async def _restart(request: Request) -> Response:
-    await _or_500(_find(request, request.path_params["id"]).restart())
+    await _made(_find(request, request.path_params["id"]).restart())
     return JSONResponse(None)
 
 
@@ -147,9 +148,11 @@ def _unknown(context_id: str) -> HTTPException:
     return HTTPException(404, f"Context {context_id} not found")
 
 
-async def _or_500(opening: Awaitable[T]) -> T:
+async def _made(opening: Awaitable[T]) -> T:
     try:
         return await opening
+    except UnknownLanguageError as error:
+        raise HTTPException(400, str(error)) from error
     except (KernelDiedError, OSError) as error:
         msg = f"The kernel could not be started: {error}. Check `cwd`, and that memory and disk space are free."
         raise HTTPException(500, msg) from error
@@ -180,8 +183,3 @@ def _env(body: Mapping[str, Any]) -> dict[str, str]:
         raise HTTPException(400, "`env_vars` is not an object of strings. Send one, or null.")
 
     return env
-
-
-def _check_language(language: str | None) -> None:
-    if language and language.lower() not in LANGUAGES:
-        raise HTTPException(400, f"The language {language!r} is not available here. Use 'python'.")

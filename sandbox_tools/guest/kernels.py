@@ -15,7 +15,11 @@ from queue import Empty
 from typing import TYPE_CHECKING, Any, Self
 
 import zmq.asyncio
-from jupyter_client.manager import AsyncKernelManager
+from jupyter_client.asynchronous import AsyncKernelClient
+from jupyter_client.connect import write_connection_file
+
+from sandbox_tools.guest.languages import CONNECTION_FILE, Language
+from sandbox_tools.guest.scripts import FENCE
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -39,23 +43,8 @@ QUEUED = 16
 
 STDERR_TAIL = 4096  # bytes
 
-IN_KERNEL = Path(__file__).with_name("in_kernel.py")
-
-LOAD = """\
-def _load(source, file):
-    import sys, types
-    module = sys.modules["_sandbox"] = types.ModuleType("_sandbox")
-    exec(compile(source, file, "exec"), module.__dict__)
-    module.tame_output()
-_load({source!r}, {file!r})
-del _load
-"""
-
-ARGUMENTS = (
-    "--HistoryManager.enabled=False",  # no SQLite file, and no thread that writes it
-    "--InteractiveShell.colors=nocolor",  # tracebacks are read by a model
-    "--InteractiveShellApp.exec_PYTHONSTARTUP=False",
-)
+LATE = {"stream", "display_data", "execute_result"}
+"""Output that also counts when it comes under an earlier request's name: threads and timers go on between requests."""
 
 
 class KernelDiedError(Exception):
@@ -80,68 +69,57 @@ class Launch:
 class Kernel:
     """A running kernel; made by `start`, of use to one request at a time."""
 
-    def __init__(self, manager: Any, client: Any, process: subprocess.Popen[bytes], stderr: int) -> None:
-        self._manager = manager
+    def __init__(
+        self, language: Language, files: Path, client: Any, process: subprocess.Popen[bytes], stderr: int
+    ) -> None:
+        self._language = language
+        self._files = files
         self._client = client
         self._process = process
         self._stderr = stderr
         self._tail = b""
         self._request: str | None = None
+        self._reply: dict[str, Any] | None = None
+        self._silent = False
         self._idle = False
+        self._fence = False
+        """Whether a fence is still to come."""
 
     @classmethod
-    async def start(cls, launch: Launch, *, cwd: Path, env: Mapping[str, str]) -> Self:
+    async def start(cls, language: Language, launch: Launch, *, cwd: Path, env: Mapping[str, str]) -> Self:
         """Starts a kernel and waits until it has answered.
 
         Raises:
             KernelDiedError: It ended, or never answered.
             OSError: It could not be started, for instance because `cwd` is not there.
         """
+        files = launch.directory / secrets.token_hex(4)
+        # Whoever can reach sockets in the file system can read the key as well: signing would only cost time.
+        where: dict[str, Any] = {"ip": f"{files}-ipc"} if language.transport == "ipc" else {"key": _key()}
         sockets: Any = zmq.asyncio.Context.instance()
         sockets.rcvhwm = QUEUED
-        manager: Any = AsyncKernelManager(
-            transport="ipc", context=sockets, connection_file=str(launch.directory / f"{secrets.token_hex(4)}.json")
-        )
-        # Whoever can reach the sockets can read the key as well, so that signing would only cost time.
-        manager.session.key = b""
-        manager.write_connection_file()
-        launch.account.own(Path(manager.connection_file))
-
-        limit = launch.memory_limit
-        account = launch.account
-        switch: dict[str, Any] = {} if account.uid is None else {"user": account.uid, "group": account.gid}
+        client: Any = AsyncKernelClient(context=sockets)
         reading, writing = os.pipe()
         os.set_blocking(reading, False)
         try:
-            await manager.start_kernel(
-                extra_arguments=list(ARGUMENTS),
-                # Standard output of the guest may be the tunnel: nobody else may write to it.
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=writing,
-                cwd=str(cwd),
-                env={
-                    **account.environment(),
-                    "IPYTHONDIR": str(launch.directory),  # else it litters the user's home
-                    # Each thread's own arena would reserve 64 MiB of what is limited, and never fill it.
-                    **({"MALLOC_ARENA_MAX": "2"} if limit else {}),
-                    **env,
-                },
-                **switch,
-                **({"extra_groups": account.groups} if switch else {}),
-            )
+            path, connection = write_connection_file(f"{files}.json", transport=language.transport, **where)
+            launch.account.own(Path(path))
+            client.load_connection_info(connection)
+            process = _spawn(language, launch, path, cwd=cwd, env=env, stderr=writing)
         except BaseException:
             os.close(reading)
-            await manager.shutdown_kernel(now=True)
+            _remove(files)
             raise
         finally:
             os.close(writing)
 
-        kernel = cls(manager, manager.client(context=sockets), manager.provisioner.process, reading)
+        kernel = cls(language, files, client, process, reading)
         asyncio.get_running_loop().add_reader(reading, kernel._read_stderr)
         try:
             await kernel._become_ready()
-            await kernel.limit_memory(limit)
+            if language.script and language.script.prelude:
+                await kernel._arrange(language.script.prelude)
+            await kernel.limit_memory(launch.memory_limit)
         except BaseException as error:
             if isinstance(error, KernelDiedError):
                 logger.error("A kernel did not come up: %s", kernel._tail.decode(errors="replace"))
@@ -167,7 +145,8 @@ class Kernel:
         if code is None or code >= 0:
             return KernelDiedError(f"exit code {code}")
 
-        hint = ", often for want of memory" if code == -signal.SIGKILL else ""
+        # SIGTRAP is how V8 ends when its heap is full.
+        hint = ", often for want of memory" if -code in (signal.SIGKILL, signal.SIGTRAP) else ""
         return KernelDiedError(f"signal {-code}, {signal.Signals(-code).name}{hint}")
 
     @property
@@ -176,19 +155,25 @@ class Kernel:
         return self._request is not None
 
     async def request(
-        self, code: str, *, silent: bool = False, deliver: Callable[[Any], Awaitable[None]] | None = None
+        self,
+        code: str,
+        *,
+        silent: bool = False,
+        fence: bool = False,
+        deliver: Callable[[Any], Awaitable[None]] | None = None,
     ) -> dict[str, Any]:
         """Runs code and returns the kernel's reply; output goes to `deliver`, which may take its time.
 
         When this is cancelled the code goes on: call `follow` to learn when it is over.
 
         Args:
-            silent: Leave no trace in the counter and the history.
+            silent: Leave no trace in the counter and the history, and deliver only what others print.
+            fence: The code sends a `FENCE`, which is to be waited for.
 
         Raises:
             KernelDiedError: The process ended; all output that it sent before has been delivered.
         """
-        self._idle = False
+        self._reply, self._silent, self._idle, self._fence = None, silent, False, fence
         self._request = self._client.execute(
             code, silent=silent, store_history=not silent, allow_stdin=False, stop_on_error=False
         )
@@ -196,21 +181,27 @@ class Kernel:
 
     async def follow(self, deliver: Callable[[Any], Awaitable[None]] | None = None) -> dict[str, Any]:
         """Waits until the request under way is over; returns and raises as `request` does."""
-        while not self._idle:
-            message = await self._next(self._client.get_iopub_msg)
-            ours = message["parent_header"].get("msg_id") == self._request
-            if ours and message["msg_type"] == "status":
-                self._idle = message["content"]["execution_state"] == "idle"
-            elif deliver and (ours or message["msg_type"] == "stream"):
-                # Threads that earlier code left behind write under its name: whoever is there now gets to see it.
-                await deliver(message)
-
         while True:
-            message = await self._next(self._client.get_shell_msg)
-            if message["parent_header"].get("msg_id") == self._request:
+            if self._idle and self._reply is None:
+                message = await self._next(self._client.get_shell_msg)
+                if message["parent_header"].get("msg_id") == self._request:
+                    self._reply = message["content"]
+            # Code that failed may not have come to its fence.
+            elif not self._idle or (self._fence and self._reply and self._reply["status"] == "ok"):
+                await self._heed(await self._next(self._client.get_iopub_msg), deliver)
+            else:
                 self._request = None
-                reply: dict[str, Any] = message["content"]
-                return reply
+                assert self._reply is not None
+                return self._reply
+
+    async def _heed(self, message: Any, deliver: Callable[[Any], Awaitable[None]] | None) -> None:
+        kind, ours = message["msg_type"], message["parent_header"].get("msg_id") == self._request
+        if kind == FENCE:
+            self._fence = False
+        elif ours and kind == "status":
+            self._idle = message["content"]["execution_state"] == "idle"
+        elif deliver and (kind in LATE or (ours and not self._silent)):
+            await deliver(message)
 
     async def discard(self) -> None:
         """Throws away, until cancelled, what background threads print while nobody listens."""
@@ -218,13 +209,16 @@ class Kernel:
             await self._client.get_iopub_msg()
 
     def interrupt(self, *, group: bool) -> None:
-        """Sends SIGINT.
+        """Interrupts the code, as SIGINT does where the kernel knows that.
 
         Args:
-            group: Also to every process of the kernel's group. That reaches a child which the kernel waits for
+            group: Signal also every process of the kernel's group. That reaches a child which the kernel waits for
                 deafly, as in `os.system`, but also what earlier code started in the background.
         """
-        self._signal(signal.SIGINT, group=group)
+        if self._language.interrupt == "message":
+            self._client.control_channel.send(self._client.session.msg("interrupt_request", {}))
+        else:
+            self._signal(signal.SIGINT, group=group)
 
     def kill(self, *, group: bool = False) -> None:
         """Kills the process, or with `group` all of its group; whoever follows a request learns of it."""
@@ -241,7 +235,7 @@ class Kernel:
         os.close(self._stderr)
         self._stderr = -1
         self._client.stop_channels()
-        await self._manager.cleanup_resources()
+        _remove(self._files)
 
     def _signal(self, number: signal.Signals, *, group: bool) -> None:
         # The kernel leads its own session, so its pid is its group's. The group may outlive it.
@@ -253,15 +247,15 @@ class Kernel:
 
     async def limit_memory(self, limit: int | None) -> None:
         """Sets what the kernel may fill, in bytes, by what it has mapped now; None leaves it without a limit."""
-        if limit is not None:
-            await self._arrange(f"__import__('_sandbox').limit_memory({limit})")
+        if limit is not None and self._language.script:
+            await self._arrange(self._language.script.limit_memory(limit))
 
     async def warm_up(self) -> None:
-        """Imports what most code imports."""
+        """Imports what most Python code imports."""
         await self._arrange("__import__('_sandbox').warm_up()")
 
     async def _become_ready(self) -> None:
-        self._client.start_channels(stdin=False, hb=False, control=False)
+        self._client.start_channels(stdin=False, hb=False, control=self._language.interrupt == "message")
         for _ in range(START_TICKS):
             if self.exit_code is not None:
                 raise self.died
@@ -271,13 +265,10 @@ class Kernel:
             with contextlib.suppress(Empty):
                 while (await self._client.get_iopub_msg(TICK))["parent_header"].get("msg_id") != asked:
                     pass
-                break
-        else:
-            msg = "no answer from it"
-            raise KernelDiedError(msg)
+                return
 
-        source = IN_KERNEL.read_text(encoding="utf-8")
-        await self._arrange(LOAD.format(source=source, file=str(IN_KERNEL)))
+        msg = "no answer from it"
+        raise KernelDiedError(msg)
 
     async def _arrange(self, code: str) -> None:
         reply = await self.request(code, silent=True)
@@ -303,3 +294,45 @@ class Kernel:
             if not data:
                 asyncio.get_running_loop().remove_reader(self._stderr)
             self._tail = (self._tail + data)[-STDERR_TAIL:]
+
+
+def _key() -> bytes:
+    # Anybody inside can connect to a port of the loopback.
+    return secrets.token_hex(16).encode()
+
+
+def _spawn(
+    language: Language, launch: Launch, connection_file: str, *, cwd: Path, env: Mapping[str, str], stderr: int
+) -> subprocess.Popen[bytes]:
+    account, limit = launch.account, launch.memory_limit
+    switch: dict[str, Any] = {}
+    if account.uid is not None:
+        switch = {"user": account.uid, "group": account.gid, "extra_groups": account.groups}
+    process = subprocess.Popen(
+        [connection_file if word == CONNECTION_FILE else word for word in language.command],
+        # Standard output of the guest may be the tunnel: nobody else may write to it.
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=stderr,
+        cwd=str(cwd),
+        start_new_session=True,
+        env={
+            **account.environment(),
+            **language.env,
+            "IPYTHONDIR": str(launch.directory),  # else it litters the user's home
+            # In a sandbox nothing outlives the guest; elsewhere kernels look each second whether it is still there.
+            **({"JPY_PARENT_PID": str(os.getpid())} if account.uid is None else {}),
+            **(language.heap_limit(limit) if limit else {}),
+            **env,
+        },
+        **switch,
+    )
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError), process.stdin:
+        process.stdin.write(language.program.encode())
+    return process
+
+
+def _remove(files: Path) -> None:
+    for path in files.parent.glob(f"{files.name}*"):
+        path.unlink(missing_ok=True)

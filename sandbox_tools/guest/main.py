@@ -20,6 +20,7 @@ from sandbox_tools.guest import envd, interpreter, reboot
 from sandbox_tools.guest.accounts import account as account_of
 from sandbox_tools.guest.contexts import Contexts
 from sandbox_tools.guest.kernels import Launch
+from sandbox_tools.guest.processes import Processes
 from sandbox_tools.guest.settings import Settings
 
 if TYPE_CHECKING:
@@ -43,7 +44,14 @@ that is just being sent would be lost, and code must never be sent twice."""
 
 
 class Server(uvicorn.Server):
-    """A server that leaves signals to the process it runs in."""
+    """A server that leaves signals to the process it runs in, and takes connections that have no socket."""
+
+    def connection(self) -> asyncio.Protocol:
+        """What speaks HTTP on one more connection, once the server has started."""
+        protocol: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        return protocol
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -93,7 +101,8 @@ async def _serve(arguments: argparse.Namespace, tunnel: tuple[int, int] | None) 
         account.own(launch.directory)
         contexts = Contexts(launch, settings)
         app = interpreter.create_app(contexts)
-        daemon = envd.create_app(settings, reboot.routes(contexts) if tunnel else ())
+        processes = Processes()
+        daemon = envd.create_app(settings, processes, reboot.routes(contexts) if tunnel else ())
         listening = [_listen(arguments.envd_port), _listen(arguments.interpreter_port)]
         ports = [each.getsockname()[1] for each in listening]
         server = Server(
@@ -113,7 +122,10 @@ async def _serve(arguments: argparse.Namespace, tunnel: tuple[int, int] | None) 
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stopping.set)
 
-        await _until_stopped(server, listening, stopping, tunnel)
+        try:
+            await _until_stopped(server, listening, stopping, tunnel)
+        finally:
+            processes.kill()
 
 
 async def _until_stopped(
@@ -128,7 +140,8 @@ async def _until_stopped(
         if server.started and tunnel:
             from sandbox_tools.guest.tunnel import serve  # only where there is an engine
 
-            tasks.add(asyncio.create_task(serve(*tunnel)))
+            ports = [each.getsockname()[1] for each in listening]
+            tasks.add(asyncio.create_task(serve(*tunnel, dict.fromkeys(ports, server.connection))))
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:
         server.should_exit = True

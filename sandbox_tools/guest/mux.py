@@ -1,100 +1,61 @@
-"""Many streams over one pair of pipes: the frames that both ends of the tunnel speak.
+"""Many streams over one pair of pipes, each at the pace of its own reader.
 
-The pipes are a container's standard input and output. They outlive either end: the engine may die and another take
-over, and the guest may be checkpointed in the middle of a frame and wake up with new pipes. So every attachment
-begins with `HELLO` and a fresh nonce, after which both ends hold no stream and stand at a frame's first byte:
-
-* towards the guest, the host first writes more zero bytes than a frame can hold. They complete whatever frame was
-  cut, and what is left of them are `NOP` frames, one zero byte each.
-* towards the host, the guest answers with the same `HELLO`, and the host drops everything before it. The nonce is
-  random, so nothing else can look like it.
-
-A frame is one byte of type, four of stream number, four of length, then the payload. Only the host opens streams.
-Each direction of a stream has a window: a sender spends credit and the receiver grants it back as its reader reads,
-so a slow reader stops its own sender and nobody else.
+Only the host opens streams. Each direction of a stream has a window: a sender spends credit and the receiver grants it
+back as its reader reads, so a slow reader stops its own sender and nobody else.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import struct
 from collections import deque
+from itertools import islice
 from typing import TYPE_CHECKING
+
+from sandbox_tools.guest.frames import (
+    CREDIT,
+    DATA,
+    EOF,
+    HEADER,
+    HELLO,
+    MAX_PAYLOAD,
+    NUMBER,
+    OPEN,
+    OPENED,
+    RESET,
+    BrokenFrameError,
+    FrameReader,
+    number_in,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-NOP, HELLO, OPEN, OPENED, DATA, CREDIT, EOF, RESET = range(8)
-
-HEADER = struct.Struct("!BII")
-NUMBER = struct.Struct("!I")
-MAX_PAYLOAD = 1 << 16
-WINDOW = 1 << 18
-NONCE_BYTES = 16
-RESYNC = bytes(HEADER.size + MAX_PAYLOAD)
+WINDOW = 1 << 20
+"""Bytes that may be under way in each direction of a stream before its reader has taken them."""
 
 # Beyond this many queued bytes a writer waits for the pipe.
-_HIGH_WATER = 1 << 18
-_READ_SIZE = 1 << 18
+_HIGH_WATER = 1 << 19
+
+# How many frames are looked at before others have their turn.
+_TURN = 1024
+
+# Up to this many bytes are joined rather than kept as pieces.
+_SMALL = 1 << 12
+
+# How many pieces are written in one go; the kernel takes 1024.
+_PIECES = 128
 
 
 class StreamResetError(ConnectionError):
     """Raised when the other end gave the stream up, or the tunnel itself is gone."""
 
 
-class BrokenFrameError(ConnectionError):
-    """Raised when bytes arrive that no peer of ours would send; the tunnel cannot be trusted after it."""
-
-
-def frame(kind: int, stream: int = 0, payload: bytes = b"") -> bytes:
-    """One frame as bytes."""
-    return HEADER.pack(kind, stream, len(payload)) + payload
-
-
-class FrameReader:
-    """Bytes in any pieces -> whole frames; does no I/O."""
-
-    def __init__(self) -> None:
-        self._buffer = bytearray()
-
-    def feed(self, data: bytes) -> list[tuple[int, int, bytes]]:
-        """The frames that `data` completes, as (type, stream, payload).
-
-        Raises:
-            BrokenFrameError: An unknown type, or a payload longer than a frame may hold.
-        """
-        self._buffer += data
-        frames: list[tuple[int, int, bytes]] = []
-        at = 0
-        while at < len(self._buffer):
-            if self._buffer[at] == NOP:
-                # A run of thousands of these is what a resync looks like: step over it in one go.
-                rest = self._buffer[at:].lstrip(b"\0")
-                at = len(self._buffer) - len(rest)
-                continue
-
-            if len(self._buffer) - at < HEADER.size:
-                break
-
-            kind, stream, length = HEADER.unpack_from(self._buffer, at)
-            if kind > RESET or length > MAX_PAYLOAD:
-                msg = f"A frame of type {kind} with {length} bytes is not one of ours."
-                raise BrokenFrameError(msg)
-
-            if len(self._buffer) - at < HEADER.size + length:
-                break
-
-            start = at + HEADER.size
-            frames.append((kind, stream, bytes(self._buffer[start : start + length])))
-            at = start + length
-
-        del self._buffer[:at]
-        return frames
-
-
 class Stream:
-    """One byte stream through the tunnel, to or from a TCP port of the guest."""
+    """One byte stream through the tunnel, to or from a port of the guest.
+
+    Read and written by coroutines, or without waiting by a `listener` that is called on every change.
+    """
 
     def __init__(self, mux: Mux, number: int, port: int) -> None:
         self.number = number
@@ -102,22 +63,30 @@ class Stream:
         self.opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         # The opener may be gone before the answer comes; nobody then needs to hear of it.
         self.opened.add_done_callback(lambda future: future.cancelled() or future.exception())
+        self.listener: Callable[[], None] | None = None
+        self.got_eof = False
+        self.sent_eof = False
+        self.reset: str | None = None
+        """Why the stream was given up. None: it was not."""
         self._mux = mux
-        self._inbox = bytearray()
+        self._inbox: deque[bytes] = deque()
+        self._inbox_bytes = 0
         self._changed = asyncio.Event()
         self._credit = WINDOW
         self._unacknowledged = 0
-        self._got_eof = False
-        self._sent_eof = False
-        self._reset: str | None = None
 
     @property
     def readable(self) -> bool:
         """Whether a read would return at once: data, end of file or a reset is there."""
-        return bool(self._inbox) or self._got_eof or self._reset is not None
+        return bool(self._inbox) or self.got_eof or self.reset is not None
 
-    async def read(self, limit: int = MAX_PAYLOAD) -> bytes:
-        """Up to `limit` bytes; empty at the end of the stream.
+    @property
+    def waiting(self) -> int:
+        """Bytes that have come and were not taken yet."""
+        return self._inbox_bytes
+
+    async def read(self) -> bytes:
+        """The next bytes, at most a frame's; empty at the end of the stream.
 
         Raises:
             StreamResetError: The other end gave up before its end of file.
@@ -125,15 +94,19 @@ class Stream:
         while not self.readable:
             await self._wait()
 
+        if not self._inbox and self.reset is not None:
+            raise StreamResetError(self.reset)
+        return self.take()
+
+    def take(self) -> bytes:
+        """What is there to read, at most a frame's; empty where nothing is."""
         if not self._inbox:
-            if self._reset is not None:
-                raise StreamResetError(self._reset)
             return b""
 
-        data = bytes(self._inbox[:limit])
-        del self._inbox[:limit]
+        data = self._inbox.popleft()
+        self._inbox_bytes -= len(data)
         self._unacknowledged += len(data)
-        if self._unacknowledged >= WINDOW // 2 and self._reset is None:
+        if self._unacknowledged >= WINDOW // 4 and self.reset is None and not self.got_eof:
             self._mux.send(CREDIT, self.number, NUMBER.pack(self._unacknowledged))
             self._unacknowledged = 0
         return data
@@ -146,64 +119,79 @@ class Stream:
         """
         view = memoryview(data)
         while view:
-            while self._credit == 0 and self._reset is None:
+            while self._credit == 0 and self.reset is None:
                 await self._wait()
-            if self._reset is not None or self._sent_eof:
-                raise StreamResetError(self._reset or "this end has been closed")
+            if self.reset is not None or self.sent_eof:
+                raise StreamResetError(self.reset or "this end has been closed")
 
-            piece = view[: min(self._credit, MAX_PAYLOAD)]
-            self._credit -= len(piece)
-            self._mux.send(DATA, self.number, bytes(piece))
-            view = view[len(piece) :]
+            view = view[self.give(view) :]
             await self._mux.drain()
+
+    def give(self, data: memoryview) -> int:
+        """Hand over as much of `data` as the other end's window takes now; how many bytes that were."""
+        count = min(len(data), self._credit)
+        self._credit -= count
+        for at in range(0, count, MAX_PAYLOAD):
+            self._mux.send(DATA, self.number, data[at : min(at + MAX_PAYLOAD, count)])
+        return count
 
     def write_eof(self) -> None:
         """Say that nothing more will be written; reading goes on."""
-        if not self._sent_eof and self._reset is None:
-            self._sent_eof = True
+        if not self.sent_eof and self.reset is None:
+            self.sent_eof = True
             self._mux.send(EOF, self.number)
             self._settle()
 
     def close(self, reason: str = "closed") -> None:
         """Give the stream up, whatever state it is in; safe to call twice."""
-        if self._reset is None and not (self._sent_eof and self._got_eof):
+        if self.reset is None and not (self.sent_eof and self.got_eof):
             self._mux.send(RESET, self.number, reason.encode()[:200])
         self.abandon(reason)
 
     def abandon(self, reason: str) -> None:
         """Forget the stream without telling the other end, which is gone or has said so itself."""
-        if self._reset is None:
-            self._reset = reason
+        if self.reset is None:
+            self.reset = reason
         if not self.opened.done():
             self.opened.set_exception(StreamResetError(reason))
         self._mux.streams.pop(self.number, None)
-        self._changed.set()
+        self._tell()
 
     def receive(self, kind: int, payload: bytes) -> None:
         """Take in one frame that the mux found to be for this stream.
 
         Raises:
-            BrokenFrameError: More data than the window that was granted: the other end is not to be trusted.
+            BrokenFrameError: More data than the window that was granted, or no number where one belongs: the other
+                end is not to be trusted.
         """
         if kind == DATA:
-            if len(self._inbox) + len(payload) > WINDOW:
+            self._inbox_bytes += len(payload)
+            if self._inbox_bytes > WINDOW:
                 msg = f"Stream {self.number} was sent more than its window of {WINDOW} bytes."
                 raise BrokenFrameError(msg)
-            self._inbox += payload
+            if self._inbox and len(self._inbox[-1]) + len(payload) <= _SMALL:
+                self._inbox[-1] += payload
+            elif payload:
+                self._inbox.append(payload)
         elif kind == CREDIT:
-            self._credit += NUMBER.unpack(payload)[0]
+            self._credit += number_in(payload)
         elif kind == EOF:
-            self._got_eof = True
+            self.got_eof = True
             self._settle()
         elif kind == RESET:
             self.abandon(payload.decode(errors="replace"))
         elif kind == OPENED and not self.opened.done():
             self.opened.set_result(None)
-        self._changed.set()
+        self._tell()
 
     def _settle(self) -> None:
-        if self._got_eof and self._sent_eof:
+        if self.got_eof and self.sent_eof:
             self._mux.streams.pop(self.number, None)
+
+    def _tell(self) -> None:
+        self._changed.set()
+        if self.listener is not None:
+            self.listener()
 
     async def _wait(self) -> None:
         self._changed.clear()
@@ -233,17 +221,23 @@ class Mux:
         self._on_open = on_open
         self._on_hello = on_hello
         self._reader = FrameReader()
+        self._unread = False
         self._next_number = 1
-        self._out: deque[bytes] = deque()
+        self._out: deque[bytes | memoryview] = deque()
         self._out_bytes = 0
+        self._flushing = False
         self._writing = False
         self._drained = asyncio.Event()
         self._drained.set()
         self._loop = asyncio.get_running_loop()
 
-    def start(self) -> None:
-        """Begin to read."""
+    def start(self, rest: bytes = b"") -> None:
+        """Begin to read, after `rest`, which was read before."""
         self._loop.add_reader(self._read_fd, self._on_readable)
+        try:
+            self._take_in(self._reader.feed(rest))
+        except BrokenFrameError as error:
+            self.stop(str(error))
 
     def stop(self, reason: str) -> None:
         """Stop reading and writing and reset every stream; safe to call twice."""
@@ -254,9 +248,9 @@ class Mux:
         self._out.clear()
         self._out_bytes = 0
         self._drained.set()
-        self.reset_streams(reason)
         if not self.closed.done():
             self.closed.set_result(None)
+        self.reset_streams(reason)
 
     def reset_streams(self, reason: str) -> None:
         """Give up every stream on this side only."""
@@ -264,7 +258,11 @@ class Mux:
             stream.abandon(reason)
 
     def open(self, port: int) -> Stream:
-        """A new stream to a port of the guest; await its `opened` before using it."""
+        """A new stream to a port of the guest, which may be written to before it is known to be `opened`.
+
+        Raises:
+            StreamResetError: The tunnel is closed.
+        """
         if self.closed.done():
             msg = "the tunnel is closed"
             raise StreamResetError(msg)
@@ -275,39 +273,36 @@ class Mux:
         self.send(OPEN, stream.number, NUMBER.pack(port))
         return stream
 
-    def send(self, kind: int, stream: int = 0, payload: bytes = b"") -> None:
-        """Queue one frame; `drain` waits where much is queued."""
-        self.send_raw(frame(kind, stream, payload))
-
-    def send_raw(self, data: bytes) -> None:
-        """Queue bytes that are frames already."""
+    def send(self, kind: int, stream: int = 0, payload: bytes | memoryview = b"") -> None:
+        """Queue one frame, to go out with all that are queued in this turn of the loop; `drain` waits for many."""
         if self.closed.done():
             return
 
-        self._out.append(data)
-        self._out_bytes += len(data)
-        if not self._writing:
-            self._flush()
+        header = HEADER.pack(kind, stream, len(payload))
+        if len(payload) <= _SMALL:
+            self._out.append(header + payload)
+        else:
+            self._out += (header, payload)
+        self._out_bytes += HEADER.size + len(payload)
         if self._out_bytes > _HIGH_WATER:
             self._drained.clear()
+        if not self._flushing and not self._writing:
+            self._flushing = True
+            self._loop.call_soon(self._flush)
 
     async def drain(self) -> None:
         """Wait until the pipe has taken enough of what is queued."""
         await self._drained.wait()
 
     def _flush(self) -> None:
+        self._flushing = False
         try:
             while self._out:
-                data = self._out[0]
-                written = os.write(self._write_fd, data)
-                self._out_bytes -= written
-                if written == len(data):
-                    self._out.popleft()
-                else:
-                    self._out[0] = data[written:]
+                self._wrote(os.writev(self._write_fd, tuple(islice(self._out, _PIECES))))
         except BlockingIOError:
             pass
         except OSError as error:
+            # Stopped already, where the descriptor is no longer this mux's to use.
             self.stop(f"the pipe broke: {error}")
             return
 
@@ -320,33 +315,60 @@ class Mux:
         if self._out_bytes <= _HIGH_WATER // 2:
             self._drained.set()
 
+    def _wrote(self, count: int) -> None:
+        self._out_bytes -= count
+        while count:
+            first = self._out[0]
+            if count < len(first):
+                self._out[0] = memoryview(first)[count:]
+                return
+            count -= len(first)
+            self._out.popleft()
+
     def _on_readable(self) -> None:
+        if self._unread:
+            # Whoever floods the pipe with tiny frames waits for its turn like everybody.
+            return
+
         try:
-            data = os.read(self._read_fd, _READ_SIZE)
+            count = os.readv(self._read_fd, [self._reader.room()])
         except BlockingIOError:
             return
         except OSError as error:
             self.stop(f"the pipe broke: {error}")
             return
 
-        if not data:
+        if not count:
             self.stop("the pipe was closed")
             return
 
+        self._reader.took(count)
+        self._look()
+
+    def _look(self) -> None:
+        self._unread = False
+        if self.closed.done():
+            return
+
         try:
-            self.feed(data)
+            frames = self._reader.frames(_TURN)
+            self._take_in(frames)
         except BrokenFrameError as error:
             self.stop(str(error))
+            return
 
-    def feed(self, data: bytes) -> None:
-        """Take in bytes that were read from the pipe."""
-        for kind, number, payload in self._reader.feed(data):
+        if len(frames) == _TURN:
+            self._unread = True
+            self._loop.call_soon(self._look)
+
+    def _take_in(self, frames: list[tuple[int, int, bytes]]) -> None:
+        for kind, number, payload in frames:
             if kind == HELLO:
                 if self._on_hello is not None:
                     self._on_hello(payload)
             elif kind == OPEN:
                 if self._on_open is not None:
-                    stream = Stream(self, number, NUMBER.unpack(payload)[0])
+                    stream = Stream(self, number, number_in(payload))
                     self.streams[number] = stream
                     self._on_open(stream)
             elif (known := self.streams.get(number)) is not None:

@@ -1,26 +1,43 @@
-"""The guest's end of the tunnel: each stream of the engine's becomes a TCP connection on the sandbox's loopback."""
+"""The guest's end of the tunnel: a stream of the engine's is served in here, or is a TCP connection to its port."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-import socket
-import struct
+from typing import TYPE_CHECKING
 
-from sandbox_tools.guest.mux import HELLO, MAX_PAYLOAD, OPENED, Mux, Stream, StreamResetError
+from sandbox_tools.guest.frames import HELLO, OPENED, enlarge
+from sandbox_tools.guest.mux import Mux, Stream
+from sandbox_tools.guest.transport import Relay, StreamTransport, break_off
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+HOST = "127.0.0.1"
 
 
-async def serve(read_fd: int, write_fd: int) -> None:
+async def serve(
+    read_fd: int, write_fd: int, services: Mapping[int, Callable[[], asyncio.Protocol]] | None = None
+) -> None:
     """Serve the tunnel on two pipes until one of them is closed for good.
 
     A checkpoint may replace both pipes under the same numbers; the engine's next `HELLO` then starts a fresh epoch.
+
+    Args:
+        services: For each port that is served in this process, what makes a protocol for one connection to it: no
+            socket lies in between.
     """
-    os.set_blocking(read_fd, False)
-    os.set_blocking(write_fd, False)
+    for fd in (read_fd, write_fd):
+        os.set_blocking(fd, False)
+        enlarge(fd)
     tasks: set[asyncio.Task[None]] = set()
 
     def on_open(stream: Stream) -> None:
+        if (service := (services or {}).get(stream.port)) is not None:
+            mux.send(OPENED, stream.number)
+            StreamTransport(stream, service(), (HOST, stream.port)).start()
+            return
+
         task = asyncio.create_task(_connect(mux, stream))
         tasks.add(task)
         task.add_done_callback(tasks.discard)
@@ -41,46 +58,18 @@ async def serve(read_fd: int, write_fd: int) -> None:
 
 
 async def _connect(mux: Mux, stream: Stream) -> None:
+    inner = Relay()
     try:
-        reader, writer = await asyncio.open_connection("127.0.0.1", stream.port)
+        transport, _ = await asyncio.get_running_loop().create_connection(lambda: inner, HOST, stream.port)
     except OSError as error:
         stream.close(f"refused: {error.strerror or error}")
         return
 
+    outer = StreamTransport(stream, Relay(transport))
+    inner.peer = outer
+    if stream.reset is not None:
+        break_off(transport)
+        return
     mux.send(OPENED, stream.number)
-    inward = asyncio.create_task(_into_guest(stream, writer))
-    outward = asyncio.create_task(_out_of_guest(reader, stream))
-    try:
-        # A reset is seen by whichever side reads or writes next; it must end the other side as well.
-        await asyncio.gather(inward, outward)
-    except (StreamResetError, OSError) as error:
-        stream.close(str(error))
-        _reset(writer)
-    finally:
-        inward.cancel()
-        outward.cancel()
-        stream.close()
-        writer.close()
-        with contextlib.suppress(OSError):
-            await writer.wait_closed()
-
-
-async def _into_guest(stream: Stream, writer: asyncio.StreamWriter) -> None:
-    while data := await stream.read():
-        writer.write(data)
-        await writer.drain()
-    if writer.can_write_eof():
-        writer.write_eof()
-
-
-async def _out_of_guest(reader: asyncio.StreamReader, stream: Stream) -> None:
-    while data := await reader.read(MAX_PAYLOAD):
-        await stream.write(data)
-    stream.write_eof()
-
-
-def _reset(writer: asyncio.StreamWriter) -> None:
-    """Break the connection: a server inside must not take half a request for the whole of it."""
-    connection: socket.socket = writer.get_extra_info("socket")
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    writer.transport.abort()
+    outer.start()
+    transport.resume_reading()

@@ -15,18 +15,16 @@ from hypothesis import strategies as st
 
 from sandbox_tools.engine.tunnel import Pipes, PortClosedError, Tunnel
 from sandbox_tools.guest import tunnel as guest
-from sandbox_tools.guest.mux import (
+from sandbox_tools.guest.frames import (
     DATA,
     HELLO,
     MAX_PAYLOAD,
     RESYNC,
-    WINDOW,
     BrokenFrameError,
     FrameReader,
-    Mux,
-    StreamResetError,
     frame,
 )
+from sandbox_tools.guest.mux import WINDOW, Mux, StreamResetError
 from tests.conftest import own_state
 
 frames = st.lists(st.tuples(st.integers(1, 7), st.integers(0, 2**32 - 1), st.binary(max_size=300)), max_size=12)
