@@ -47,7 +47,7 @@ ALWAYS = [
 AS_GENERATED = [*ALWAYS, negative_data_rejection, unsupported_method, ignored_auth]
 
 # Cases of each kind for each operation.
-FEW, MANY = 2, 40
+FEW, MANY = 2, 30
 
 
 @pytest.fixture(scope="module")
