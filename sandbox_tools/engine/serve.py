@@ -34,6 +34,10 @@ log = logging.getLogger(__name__)
 ALREADY_RUNNING = 3
 """The exit code of a second engine on one state directory."""
 
+# Seconds an idle connection stays open, longer than clients keep theirs: were it closed from here, a request that is
+# just being sent would be lost, and code must never be sent twice.
+_KEEP_ALIVE = 3600
+
 # How often, in seconds, it is looked whether a certificate is to be renewed.
 _RENEWAL = 12 * 3600.0
 
@@ -173,7 +177,9 @@ def _config(front: Front, certificates: Certificates | None) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         lifespan="off",
+        http="httptools",
         ws=WebSocketProtocol,
+        timeout_keep_alive=_KEEP_ALIVE,
         # What a sandbox answers is passed on as it is, with its own date.
         server_header=False,
         date_header=False,
