@@ -25,6 +25,8 @@ from sandbox_tools.guest.settings import Settings
 from tests.guest.conftest import served
 from tests.rpc import STREAM, Envelopes, Followed, bash, basic
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
 PATIENCE = 60
 
 
@@ -99,17 +101,24 @@ class Stream:
         return await self.until(lambda seen: seen.closed)
 
 
-@pytest_asyncio.fixture
-async def caller(tmp_path: Path) -> AsyncIterator[Caller]:
-    """A fresh guest, without its interpreter."""
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Caller]:
+    """One guest, without its interpreter, for all tests of this module."""
     settings, processes = Settings(), Processes()
-    async with served(envd.create_app(settings, processes), tmp_path / "http.sock") as http:
-        try:
-            yield Caller(http, settings, processes)
-        finally:
-            processes.kill()
-            for process in processes:
-                await asyncio.wait_for(process.ended.wait(), PATIENCE)
+    async with served(envd.create_app(settings, processes), tmp_path_factory.mktemp("guest") / "http.sock") as http:
+        yield Caller(http, settings, processes)
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def caller(shared: Caller) -> AsyncIterator[Caller]:
+    """The guest, with nothing in it from other tests."""
+    shared.settings.init(env_vars={})
+    try:
+        yield shared
+    finally:
+        shared.processes.kill()
+        for process in shared.processes:
+            await asyncio.wait_for(process.ended.wait(), PATIENCE)
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -160,7 +169,7 @@ async def test_an_end_is_told_as_go_prints_it(caller: Caller, script: str, end: 
         (signal.SIGHUP, "hangup"),
     ],
 )
-def test_signals_have_gos_names(number: int, name: str) -> None:
+async def test_signals_have_gos_names(number: int, name: str) -> None:
     assert processes._signal_name(number) == name
 
 
@@ -359,6 +368,7 @@ async def test_the_deadline_of_a_reader_kills_nothing(caller: Caller) -> None:
         assert (await stream.rest()).stdout == b"alive\n"
 
 
+@pytest.mark.asyncio(loop_scope="function")  # what else is in the loop would be lost in time
 async def test_time_that_the_sandbox_sleeps_is_not_time_that_a_process_had(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pause of days, which the clock shows afterwards, counts as two ticks at most."""
     loop = asyncio.get_running_loop()
