@@ -41,6 +41,10 @@ _MASK = sum(mask for mask, _ in _KINDS) | flags.ONLYDIR
 _READ_SIZE = 1 << 16
 
 
+# The library looks for libc at its first use, with a process of its own: at a guest's start, and not in a call.
+INotify().close()
+
+
 class EventsLostError(Exception):
     """Raised when more happened than was kept."""
 
