@@ -61,6 +61,18 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--host", metavar="ADDRESS", help="listen on TCP at this address instead")
     serve.add_argument("--port", type=int, metavar="N", help="its port (default: a free one; address: 127.0.0.1)")
     serve.add_argument(
+        "--tls-port",
+        type=int,
+        metavar="N",
+        help="listen with TLS as well, certified by an authority made in the state directory (0: a free port)",
+    )
+    serve.add_argument(
+        "--domain",
+        metavar="NAME",
+        help="what create and connect answer as the sandboxes' domain (default on TCP: sbx@ADDRESS:PORT, with TLS)",
+    )
+    serve.add_argument("--max-sandboxes", type=int, metavar="N", help="running sandboxes at most (default: no limit)")
+    serve.add_argument(
         "--api-key",
         default=os.environ.get("SANDBOX_TOOLS_API_KEY"),
         metavar="KEY",
@@ -134,9 +146,9 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    tcp = arguments.host is not None or arguments.port is not None
+    tcp = any(each is not None for each in (arguments.host, arguments.port, arguments.tls_port))
     if tcp and arguments.uds:
-        msg = "An engine listens on a Unix socket or on TCP, not on both. Leave out `--uds`, or `--host` and `--port`."
+        msg = "An engine listens on a Unix socket or on TCP, not on both. Leave out `--uds`, or the rest."
         raise ConfigError(msg, op="serve")
 
     with _local_extra():
@@ -147,6 +159,9 @@ def _serve(arguments: argparse.Namespace) -> int:
         uds=arguments.uds,
         host=(arguments.host or "127.0.0.1") if tcp else None,
         port=arguments.port or 0,
+        tls_port=arguments.tls_port,
+        domain=arguments.domain,
+        max_sandboxes=arguments.max_sandboxes,
         api_key=arguments.api_key,
         idle_exit=arguments.idle_exit,
         memory_mb=arguments.memory_mb,

@@ -11,10 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from sandbox_tools.engine.templates import prepare
 from sandbox_tools.paths import state_directory, templates_directory
 from tests.machine import EngineProcess
+
+# A machine may be loaded: how long an example takes says nothing about the code.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from sandbox_tools.engine.roots import find_root
 from sandbox_tools.errors import ConfigError, SandboxError
 from sandbox_tools.paths import socket_path, templates_directory
 
-LOCAL_EXTRA = ("starlette", "uvicorn", "httptools", "rich")
+LOCAL_EXTRA = ("starlette", "uvicorn", "httptools", "rich", "trustme")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from sandbox_tools.models import ENVD_PORT, INTERPRETER_PORT
 
 SERVICE_PORTS = frozenset((ENVD_PORT, INTERPRETER_PORT))
 
-_CONTROL = re.compile(r"/(sandboxes|snapshots|templates|v2)(/|$)")
+_CONTROL = re.compile(r"/(sandboxes|snapshots|templates|volumes|secrets|v2|v3)(/|$)")
 _INTERPRETER = re.compile(r"/(execute|contexts)(/|$)")
 _PORT = re.compile(r"[0-9]{1,5}", re.ASCII)
 _ID = re.compile(r"[a-z0-9]+", re.ASCII)

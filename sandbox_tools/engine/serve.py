@@ -11,7 +11,10 @@ import secrets
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import uvicorn
@@ -21,6 +24,7 @@ from sandbox_tools.engine.front import Front
 from sandbox_tools.engine.runsc import Runsc
 from sandbox_tools.engine.supervisor import Supervisor
 from sandbox_tools.engine.templates import DEFAULT_MEMORY_MB, prepare
+from sandbox_tools.engine.tls import Certificates, names_of
 from sandbox_tools.engine.websocket import WebSocketProtocol
 from sandbox_tools.errors import ConfigError, SandboxError
 from sandbox_tools.paths import socket_path, templates_directory
@@ -30,6 +34,22 @@ log = logging.getLogger(__name__)
 ALREADY_RUNNING = 3
 """The exit code of a second engine on one state directory."""
 
+# Seconds an idle connection stays open, longer than clients keep theirs: were it closed from here, a request that is
+# just being sent would be lost, and code must never be sent twice.
+_KEEP_ALIVE = 3600
+
+# How often, in seconds, it is looked whether a certificate is to be renewed.
+_RENEWAL = 12 * 3600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listener:
+    """Where an engine is reached."""
+
+    socket: socket.socket
+    certificates: Certificates | None = None
+    """What TLS is spoken with. None: it is not."""
+
 
 def run(
     state_dir: Path,
@@ -37,8 +57,11 @@ def run(
     uds: Path | None = None,
     host: str | None = None,
     port: int = 0,
+    tls_port: int | None = None,
+    domain: str | None = None,
     api_key: str | None = None,
     memory_mb: int = DEFAULT_MEMORY_MB,
+    max_sandboxes: int | None = None,
     idle_exit: float | None = None,
 ) -> int:
     """Serve until told to stop, and return the process's exit code.
@@ -48,21 +71,32 @@ def run(
         uds: The Unix socket. None: the state directory's own, unless `host` is given.
         host: Listen on TCP here instead. An API key is then required, and made and printed if none is given.
         port: The TCP port; 0 picks a free one and prints it.
+        tls_port: Listen with TLS on this port as well; 0 picks a free one. The certificate authority is made here, and
+            its path is printed. None: no TLS.
+        domain: What create and connect answer as the domain of the sandboxes' own addresses. None: none on a Unix
+            socket; on TCP one that needs no DNS, as clients take what precedes its `@` for a user name.
         api_key: What clients must send. None on a Unix socket: the socket's permissions decide.
         memory_mb: Memory of each sandbox.
+        max_sandboxes: How many may run at a time; paused ones don't count. None: no limit.
         idle_exit: Seconds without a running sandbox or a request after which the engine exits; paused sandboxes need
             none. None: never.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:
         with _sole_engine(state_dir):
-            listener = _listen(state_dir, uds, host, port)
+            engine = Engine()
+            listeners = [Listener(socket=_listen(state_dir, uds, host, port))]
             if host is not None:
                 if api_key is None:
                     api_key = f"e2b_{secrets.token_hex(20)}"
                     _say(f"API key: {api_key}")
-                _say(f"Listening on http://{host}:{listener.getsockname()[1]}")
-            asyncio.run(_serve(state_dir, listener, api_key, memory_mb, idle_exit))
+                _say(f"Listening on {_url('http', host, listeners[0].socket)}")
+                listeners += _listen_tls(state_dir, host, tls_port, domain)
+                engine.domain = domain or f"sbx@{_reachable(host)}:{listeners[-1].socket.getsockname()[1]}"
+            elif domain is not None:
+                engine.domain = domain
+            prepare_engine = partial(_prepare, state_dir, engine, memory_mb, max_sandboxes)
+            asyncio.run(_serve(engine, listeners, prepare_engine, api_key, idle_exit))
     except AlreadyRunningError as error:
         _say(error.message)
         return ALREADY_RUNNING
@@ -85,52 +119,97 @@ class _Server(uvicorn.Server):
 
 
 async def _serve(
-    state: Path, listener: socket.socket, api_key: str | None, memory_mb: int, idle_exit: float | None
+    engine: Engine,
+    listeners: Sequence[Listener],
+    prepare_engine: Callable[[], Coroutine[None, None, Supervisor]],
+    api_key: str | None,
+    idle_exit: float | None,
 ) -> None:
-    engine = Engine()
-    last_request = asyncio.get_running_loop().time()
+    loop = asyncio.get_running_loop()
+    last_request = loop.time()
 
     def on_request() -> None:
         nonlocal last_request
-        last_request = asyncio.get_running_loop().time()
+        last_request = loop.time()
 
-    config = uvicorn.Config(
-        Front(engine, api_key=api_key, on_request=on_request),
-        log_config=None,
-        access_log=False,
-        lifespan="off",
-        ws=WebSocketProtocol,
-        # What a sandbox answers is passed on as it is, with its own date.
-        server_header=False,
-        date_header=False,
-        proxy_headers=False,
-        timeout_graceful_shutdown=5,  # seconds that answers in flight are given to end by themselves
-    )
-    server = _Server(config)
-    loop = asyncio.get_running_loop()
+    front = Front(engine, api_key=api_key, on_request=on_request)
+    servers = [_Server(_config(front, listener.certificates)) for listener in listeners]
+
+    def stop() -> None:
+        for server in servers:
+            server.should_exit = True
+
+    def on_signal(number: int) -> None:
+        for server in servers:
+            server.handle_exit(number, None)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, server.handle_exit, number, None)
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
-    preparing = asyncio.create_task(_prepare(state, engine, memory_mb))
+        loop.add_signal_handler(number, on_signal, number)
+    each = [
+        asyncio.create_task(server.serve(sockets=[listener.socket]))
+        for server, listener in zip(servers, listeners, strict=True)
+    ]
+    serving = asyncio.create_task(_until_one_ends(each, stop))
+    preparing = asyncio.create_task(prepare_engine())
+    renewing = asyncio.create_task(_keep_certified(listeners))
     try:
         await asyncio.wait((serving, preparing), return_when=asyncio.FIRST_COMPLETED)
         if preparing.done():
             supervisor = preparing.result()
             while not serving.done():
                 await asyncio.wait((serving,), timeout=idle_exit)
-                quiet = asyncio.get_running_loop().time() - last_request
+                quiet = loop.time() - last_request
                 if idle_exit is not None and not supervisor.running and quiet >= idle_exit:
                     log.info("Nothing has run for %.0f s: the engine exits", quiet)
-                    server.should_exit = True
+                    stop()
                     await serving
             await supervisor.stop()
     finally:
-        server.should_exit = True
+        stop()
         preparing.cancel()
-        await asyncio.wait((serving, preparing))
+        renewing.cancel()
+        await asyncio.wait((serving, preparing, renewing))
 
 
-async def _prepare(state: Path, engine: Engine, memory_mb: int) -> Supervisor:
+def _config(front: Front, certificates: Certificates | None) -> uvicorn.Config:
+    config = uvicorn.Config(
+        front,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        http="httptools",
+        ws=WebSocketProtocol,
+        timeout_keep_alive=_KEEP_ALIVE,
+        # What a sandbox answers is passed on as it is, with its own date.
+        server_header=False,
+        date_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=5,  # seconds that answers in flight are given to end by themselves
+    )
+    config.load()
+    if certificates is not None:
+        config.ssl = certificates.context
+    return config
+
+
+async def _until_one_ends(each: Sequence[asyncio.Task[None]], stop: Callable[[], None]) -> None:
+    """Serve on all addresses or on none."""
+    await asyncio.wait(each, return_when=asyncio.FIRST_COMPLETED)
+    stop()
+    await asyncio.wait(each)
+    for task in each:
+        task.result()
+
+
+async def _keep_certified(listeners: Sequence[Listener]) -> None:
+    while True:
+        await asyncio.sleep(_RENEWAL)
+        for listener in listeners:
+            if listener.certificates is not None:
+                listener.certificates.renew(datetime.now(UTC))
+
+
+async def _prepare(state: Path, engine: Engine, memory_mb: int, max_sandboxes: int | None) -> Supervisor:
     def on_step(step: str, share: float) -> None:
         if step != engine.preparing:
             log.info("Preparing: %s", step)
@@ -139,7 +218,8 @@ async def _prepare(state: Path, engine: Engine, memory_mb: int) -> Supervisor:
     templates = templates_directory(state)
     template = await prepare(state, templates, on_step, memory_mb=memory_mb)
     engine.preparing = "taking over what an earlier engine left"
-    supervisor = Supervisor(state, templates, template, Runsc(template.runsc, state / "runsc"))
+    runtime = Runsc(template.runsc, state / "runsc")
+    supervisor = Supervisor(state, templates, template, runtime, max_sandboxes=max_sandboxes)
     await supervisor.start()
     engine.supervisor = supervisor
     log.info("Ready")
@@ -164,6 +244,28 @@ def _sole_engine(state: Path) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
+
+
+def _listen_tls(state: Path, host: str, port: int | None, domain: str | None) -> list[Listener]:
+    """The listener with TLS, where one is wanted."""
+    if port is None:
+        return []
+
+    certificates = Certificates(state / "tls", names_of(_reachable(host), domain))
+    listener = Listener(socket=_listen(state, None, host, port), certificates=certificates)
+    _say(f"Listening on {_url('https', host, listener.socket)}")
+    _say(f"Certificate authority: {certificates.ca_path}")
+    return [listener]
+
+
+def _reachable(host: str) -> str:
+    """A name for where the engine listens that can be called from here, as it is written in a URL."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
+    return f"[{host}]" if ":" in host else host
+
+
+def _url(scheme: str, host: str, listener: socket.socket) -> str:
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
 
 
 def _listen(state: Path, uds: Path | None, host: str | None, port: int) -> socket.socket:

@@ -43,6 +43,9 @@ _TURN = 1024
 # Up to this many bytes are joined rather than kept as pieces.
 _SMALL = 1 << 12
 
+# Bytes of a reason: it ends up in messages.
+_REASON = 200
+
 # How many pieces are written in one go; the kernel takes 1024.
 _PIECES = 128
 
@@ -145,7 +148,7 @@ class Stream:
     def close(self, reason: str = "closed") -> None:
         """Give the stream up, whatever state it is in; safe to call twice."""
         if self.reset is None and not (self.sent_eof and self.got_eof):
-            self._mux.send(RESET, self.number, reason.encode()[:200])
+            self._mux.send(RESET, self.number, reason.encode()[:_REASON])
         self.abandon(reason)
 
     def abandon(self, reason: str) -> None:
@@ -179,7 +182,7 @@ class Stream:
             self.got_eof = True
             self._settle()
         elif kind == RESET:
-            self.abandon(payload.decode(errors="replace"))
+            self.abandon(payload[:_REASON].decode(errors="replace"))
         elif kind == OPENED and not self.opened.done():
             self.opened.set_result(None)
         self._tell()

@@ -143,6 +143,26 @@ def test_a_client_that_asks_for_leave_is_given_it_by_the_server_inside(box: Box)
         assert hashlib.sha256(b"body").hexdigest().encode() in until(sent, b"}")
 
 
+def target(answer: bytes, then: str = "close") -> str:
+    return f"/_{base64.urlsafe_b64encode(answer).decode()}/{then}"
+
+
+def test_a_server_may_refuse_a_body_before_it_is_sent(box: Box) -> None:
+    no = b"HTTP/1.1 417 Expectation Failed\r\nContent-Length: 2\r\n\r\nno"
+    with raw(box, f"POST {target(no)}", "Content-Length: 4", "Expect: 100-continue", port=8001) as sent:
+        answer = until(sent, b"no")
+
+    assert answer.startswith(b"HTTP/1.1 417")
+    assert b"100 Continue" not in answer
+
+
+def test_a_server_may_answer_before_it_has_read_all(box: Box) -> None:
+    enough = b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 2\r\n\r\nno"
+    with raw(box, f"POST {target(enough)}", "Content-Length: 50000000", port=8001) as sent:
+        sent.sendall(bytes(1 << 16))
+        assert until(sent, b"\r\n\r\nno").startswith(b"HTTP/1.1 413")
+
+
 def test_events_come_one_by_one_and_end_inside_when_the_client_leaves(box: Box) -> None:
     with box.engine.http() as http, http.stream("GET", "/events", headers=to(box)) as answer:
         lines = (line for line in answer.iter_lines() if line)
@@ -154,7 +174,7 @@ def test_events_come_one_by_one_and_end_inside_when_the_client_leaves(box: Box) 
 
 def odd(box: Box, answer: bytes, then: str = "close", method: str = "GET") -> httpx.Response:
     with box.engine.http() as http:
-        return http.request(method, f"/_{base64.urlsafe_b64encode(answer).decode()}/{then}", headers=to(box, 8001))
+        return http.request(method, target(answer, then), headers=to(box, 8001))
 
 
 def test_answers_of_every_framing_are_passed_on(box: Box) -> None:

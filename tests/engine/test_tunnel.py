@@ -6,11 +6,11 @@ import asyncio
 import os
 import secrets
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sandbox_tools.engine.tunnel import Pipes, PortClosedError, Tunnel
@@ -172,6 +172,55 @@ async def test_a_guest_that_sends_more_than_its_window_is_cut_off() -> None:
         tunnel.detach("done")
         for fd in fds:
             os.close(fd)
+
+
+hostile_bytes = st.lists(
+    st.one_of(
+        st.builds(frame, st.integers(0, 9), st.integers(0, 3), st.binary(max_size=40)),
+        st.builds(lambda kind, size: frame(kind, 1, bytes(size)), st.integers(1, 7), st.sampled_from([4, MAX_PAYLOAD])),
+        st.binary(max_size=40),
+        st.just(bytes(5000)),
+    ),
+    max_size=30,
+)
+
+
+@given(hostile_bytes)
+@settings(max_examples=60)
+def test_whatever_a_hostile_guest_sends_ends_its_own_tunnel_at_most(pieces: list[bytes]) -> None:
+    """The engine goes on, and so do the tunnels of other sandboxes; whoever waits for the hostile one is told."""
+
+    async def attack() -> None:
+        with pipes() as theirs, pipes() as others:
+            async with guest_on(others), echo_server() as (port, _):
+                good, bad = Tunnel(others), Tunnel(theirs)
+                await good.attach()
+                bad.open_pipes()
+                stdin, stdout = (os.open(path, os.O_RDWR | os.O_NONBLOCK) for path in (theirs.stdin, theirs.stdout))
+                hostile = Mux(stdin, stdout, on_hello=lambda nonce: hostile.send(HELLO, payload=nonce))
+                hostile.start()
+                await bad.attach()
+                streams = [bad.begin(80) for _ in range(3)]
+                reads = [asyncio.create_task(stream.read()) for stream in streams]
+                hostile.stop("from here on it is raw bytes")
+                for piece in pieces:
+                    while piece and bad.attached:
+                        with suppress(BlockingIOError):
+                            piece = piece[os.write(stdout, piece) :]
+                        await asyncio.sleep(0)
+
+                stream = await good.open(port)
+                await stream.write(b"untouched")
+                assert await stream.read() == b"untouched"
+                assert sum(stream.waiting for stream in streams) <= 3 * WINDOW
+                good.detach("done")
+                bad.detach("done")
+                outcomes = await asyncio.gather(*reads, return_exceptions=True)
+                assert all(isinstance(outcome, bytes | StreamResetError) for outcome in outcomes)
+                for fd in (stdin, stdout):
+                    os.close(fd)
+
+    asyncio.run(asyncio.wait_for(attack(), 30))
 
 
 async def test_a_port_where_nobody_listens_is_said_to_be_closed() -> None:
