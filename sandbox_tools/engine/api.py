@@ -46,6 +46,8 @@ def control_plane(engine: Engine) -> Starlette:
         routes=[_route(path, [each for each in operations if each.path == path]) for path in paths],
         exception_handlers={SandboxError: _failed, HTTPException: _no_route, Exception: _broken},
     )
+    # A redirect is no answer that the clients know.
+    routes.router.redirect_slashes = False
     routes.state.engine = engine
     return routes
 
@@ -79,7 +81,9 @@ async def _call(request: Request, operation: Operation) -> Call:
             headers=request.headers,
             body=None if operation.body is None else await _body(request, operation.body),
             # As text: numbers are read from it, and nothing else is taken for one.
-            query=None if operation.query is None else operation.query.model_validate_strings(_query(request)),
+            query=None
+            if operation.query is None
+            else operation.query.model_validate_strings(dict(request.query_params)),
         )
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
@@ -96,11 +100,6 @@ async def _body(request: Request, model: type[BaseModel]) -> BaseModel:
             msg = f"validation error: body: longer than {_LONGEST_BODY} bytes"
             raise ConfigError(msg)
     return model.model_validate_json(body or b"{}", strict=True)
-
-
-def _query(request: Request) -> dict[str, str]:
-    # A parameter without a value is one that isn't there.
-    return {name: value for name, value in request.query_params.items() if value}
 
 
 def _render(answer: Answer) -> Response:

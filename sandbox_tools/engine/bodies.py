@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
@@ -9,6 +10,7 @@ from pydantic import AliasChoices, AwareDatetime, BeforeValidator, ConfigDict, F
 
 from sandbox_tools.engine.journal import Level
 from sandbox_tools.engine.listing import Order
+from sandbox_tools.engine.saved import REFERENCE
 from sandbox_tools.models import CreateRequest, ErrorBody, SandboxGrant, SandboxInfo, Wire
 
 MAX_TIMEOUT = 24 * 3600
@@ -22,11 +24,22 @@ def _whole(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-WholeNumber = Annotated[int, BeforeValidator(_whole)]
+def _moment(value: object) -> object:
+    # Numbers would be taken for seconds since the epoch.
+    if isinstance(value, str) and not re.match(r"\d{4}-\d\d-\d\dT", value):
+        msg = "not a moment as RFC 3339 writes it"
+        raise ValueError(msg)
+    return value
+
+
+_WHOLE = BeforeValidator(_whole)
 
 # The range is only documented here: what refuses a timeout says so in E2B's words.
-Timeout = Annotated[WholeNumber, Field(json_schema_extra={"minimum": 1, "maximum": MAX_TIMEOUT})]
+Timeout = Annotated[int, Field(json_schema_extra={"minimum": 1, "maximum": MAX_TIMEOUT}), _WHOLE]
 """Seconds from now."""
+
+# Documented here as well; `saved.normalised` says what is wrong with one.
+_NAMED: dict[str, Any] = {"pattern": f"^{REFERENCE}$"}
 
 NodeId = Annotated[str | None, Field(alias="nodeID")]
 
@@ -45,7 +58,7 @@ class Network(Wire):
 class NewSandbox(CreateRequest):
     """The body of `POST /sandboxes` and `POST /v2/sandboxes`, as each vendor's SDK sends it."""
 
-    template_id: Annotated[str, Field(alias="templateID")]
+    template_id: Annotated[str, Field(alias="templateID", json_schema_extra=_NAMED)]
     timeout: Timeout | None = None
     auto_pause_memory: bool = True
     """False: the pause at the timeout keeps files only."""
@@ -116,14 +129,14 @@ class Pause(Wire):
 class SetTimeout(Wire):
     """The body of `timeout`."""
 
-    timeout: Annotated[WholeNumber, Field(ge=0)]
+    timeout: Annotated[int, Field(ge=0), _WHOLE]
     """Seconds from now until the end; may shorten, and 0 ends it at once."""
 
 
 class Refresh(Wire):
     """The body of `refreshes`."""
 
-    duration: Annotated[WholeNumber, Field(ge=0, le=3600)] | None = None
+    duration: Annotated[int, Field(ge=0, le=3600), _WHOLE] | None = None
     """Seconds from now that it lives at least."""
 
 
@@ -131,14 +144,14 @@ class Fork(Wire):
     """The body of `fork`."""
 
     timeout: Timeout | None = None
-    count: Annotated[WholeNumber, Field(ge=1, le=100)] | None = None
+    count: Annotated[int, Field(ge=1, le=100), _WHOLE] | None = None
 
 
 class Clone(Wire):
     """The body of PPIO's `clone`."""
 
     timeout: Timeout | None = None
-    count: Annotated[WholeNumber, Field(ge=1, le=100)] | None = None
+    count: Annotated[int, Field(ge=1, le=100), _WHOLE] | None = None
     strict: bool | None = None
     """Fail as a whole where one copy fails."""
     node_id: NodeId = None
@@ -154,7 +167,7 @@ class Reset(Connect):
 class TakeSnapshot(Wire):
     """The body of `snapshots`."""
 
-    name: str | None = None
+    name: Annotated[str, Field(json_schema_extra=_NAMED)] | None = None
     memory: bool | None = None
     """False: sandboxes made from it begin with its files only. None: as True."""
 
@@ -175,7 +188,7 @@ class ListQuery(Filter):
     state: Annotated[str, Field(pattern="^(running|paused)(,(running|paused))*$")] = "running,paused"
     """`running`, `paused`, or both joined by a comma."""
     order: Order | None = None
-    started_after: AwareDatetime | None = None
+    started_after: Annotated[AwareDatetime, BeforeValidator(_moment)] | None = None
     template: str | None = None
     limit: Annotated[int, Field(ge=1, le=MAX_PAGE)] = MAX_PAGE
     next_token: str | None = None

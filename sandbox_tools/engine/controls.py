@@ -178,6 +178,7 @@ _CREATE: dict[str, Any] = {
     "body": NewSandbox,
     "body_required": True,
     "answers": {201: SandboxGrant},
+    "yields": ((201, "sandboxID", "/sandboxID"),),
 }
 _CONNECT: dict[str, Any] = {
     "summary": "Have a sandbox running: extended where it runs, resumed where it is paused",
@@ -252,6 +253,7 @@ OPERATIONS: tuple[Operation, ...] = (
         handler=take_snapshot,
         body=TakeSnapshot,
         answers={201: SnapshotInfo},
+        yields=((201, "templateID", "/snapshotID"),),
         errors=(404, 409),
     ),
     _post(

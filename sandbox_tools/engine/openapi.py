@@ -26,7 +26,14 @@ def document(operations: Iterable[Operation]) -> dict[str, Any]:
     _, schemas = models_json_schema(wanted, ref_template=_REF)  # type: ignore[arg-type]  # a literal, widened
     paths: dict[str, dict[str, Any]] = {}
     for operation in operations:
-        paths.setdefault(re.sub(r":path}", "}", operation.path), {})[operation.method.lower()] = _operation(operation)
+        described = _operation(operation)
+        for status, name, pointer in operation.yields:
+            described["responses"][str(status)]["links"] = {
+                each.name: {"operationId": each.name, "parameters": {name: f"$response.body#{pointer}"}}
+                for each in operations
+                if name in _names(each.path)
+            }
+        paths.setdefault(operation.path.replace(":path}", "}"), {})[operation.method.lower()] = described
     return {
         "openapi": "3.1.0",
         "info": {"title": "sandbox-tools: the local engine's control plane", "version": version("sandbox-tools")},
@@ -79,11 +86,15 @@ def errors(operation: Operation) -> set[int]:
 
 
 def _path_parameters(operation: Operation) -> Iterable[dict[str, Any]]:
-    for name in re.findall(r"{(\w+)", operation.path):
+    for name in _names(operation.path):
         schema = {"type": "string", "minLength": 1}
         if name == "sandboxID":
             schema["pattern"] = f"^{SANDBOX_ID}$"
         yield {"name": name, "in": "path", "required": True, "schema": schema}
+
+
+def _names(path: str) -> list[str]:
+    return re.findall(r"{(\w+)", path)
 
 
 def _query_parameters(operation: Operation) -> Iterable[dict[str, Any]]:

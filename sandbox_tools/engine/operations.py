@@ -99,6 +99,7 @@ class Operation:
         body: What the body is parsed as; an absent one as `{}`, unless `body_required`.
         query: What the query is parsed as.
         headers: Of its answers.
+        yields: What other operations take as a parameter: the status, the parameter, and a JSON pointer to it.
         keyed: Whether it takes an `Idempotency-Key`.
         open: Whether it needs no API key.
     """
@@ -114,6 +115,7 @@ class Operation:
     body_required: bool = False
     query: type[BaseModel] | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    yields: tuple[tuple[int, str, str], ...] = ()
     keyed: bool = False
     open: bool = False
 

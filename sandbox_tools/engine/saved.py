@@ -17,7 +17,8 @@ from sandbox_tools.engine import snapshots
 from sandbox_tools.errors import ConfigError, NotFoundError
 
 _TAG = "default"
-_REFERENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}(/[A-Za-z0-9][A-Za-z0-9._-]{0,63})?(:[A-Za-z0-9._-]{1,64})?")
+REFERENCE = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}(/[A-Za-z0-9][A-Za-z0-9._-]{0,63})?(:[A-Za-z0-9._-]{1,64})?"
+"""A template's or a snapshot's name: an owner's part and a tag may be with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,7 @@ def normalised(reference: str, op: str) -> str:
     Raises:
         ConfigError: It can't be one.
     """
-    if not _REFERENCE.fullmatch(reference):
+    if not re.fullmatch(REFERENCE, reference):
         msg = f"Invalid template reference: {reference[:200]!r}. Use letters, digits, `.`, `_`, `-` and one `:tag`."
         raise ConfigError(msg, op=op)
 

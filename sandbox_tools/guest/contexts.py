@@ -10,13 +10,14 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any, Self
 
 from sandbox_tools.guest.events import ENDED, Event, failure, translate
-from sandbox_tools.guest.kernels import TICK, Kernel, KernelDiedError, Launch
+from sandbox_tools.guest.kernels import TICK, Deliver, Kernel, KernelDiedError, Launch
 from sandbox_tools.guest.languages import PYTHON, Language, canonical, find
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+    from collections.abc import AsyncIterator, Iterator, Mapping
     from pathlib import Path
 
+    from sandbox_tools.guest.channels import Message
     from sandbox_tools.guest.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,6 @@ class Context:
         self._births = 0
         """The `Settings.births` that the kernel knows of."""
         self._jobs: set[asyncio.Task[None]] = set()
-        self._discarding: asyncio.Task[None] | None = None
         self._vacant = asyncio.Event()
         self._settling = False
         self._warned = False
@@ -178,7 +178,7 @@ class Context:
     async def _execute(self, code: str, env: Mapping[str, str], out: Outlet) -> None:
         failed = False
 
-        async def deliver(message: Any) -> None:
+        async def deliver(message: Message) -> None:
             nonlocal failed
             for event in translate(message):
                 failed = failed or event["type"] == "error"
@@ -224,7 +224,7 @@ class Context:
             self._given, self._births = wanted, births
         return reply
 
-    async def _tidy(self, deliver: Callable[[Any], Awaitable[None]] | None = None) -> None:
+    async def _tidy(self, deliver: Deliver | None = None) -> None:
         """Takes back what the call was lent, and lets through what is still on its way."""
         script = self._language.script
         if script and (self._lent or self._unfenced):
@@ -275,13 +275,12 @@ class Context:
                 self._give_up = True
 
         self._vacant.clear()
-        if self._discarding:
-            self._discarding.cancel()
+        self._kernel.discard(False)
         return True
 
     def _leave(self) -> None:
         if not self._closed:
-            self._discarding = asyncio.create_task(self._kernel.discard())
+            self._kernel.discard(True)
         self._vacant.set()
 
     @contextlib.asynccontextmanager

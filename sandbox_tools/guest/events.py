@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from sandbox_tools.guest.channels import Message
+
 Event = dict[str, Any]
 """One line: a JSON object whose `type` says which."""
 
@@ -44,16 +46,16 @@ def failure(name: str, value: str, traceback: str = "") -> Event:
     return {"type": "error", "name": name, "value": value, "traceback": traceback}
 
 
-def translate(message: Mapping[str, Any]) -> Iterator[Event]:
+def translate(message: Message) -> Iterator[Event]:
     """The events of one iopub message: none for what the wire does not know, several for a long output."""
-    content = message["content"]
-    match message["msg_type"]:
+    content = message.content
+    match message.kind:
         case "execute_input":
             yield {"type": "number_of_executions", "execution_count": content["execution_count"]}
         case "stream":
-            text, timestamp = content["text"], message["header"]["date"].isoformat()
+            text = content["text"]
             for start in range(0, len(text), TEXT_LIMIT):
-                yield {"type": content["name"], "text": text[start : start + TEXT_LIMIT], "timestamp": timestamp}
+                yield {"type": content["name"], "text": text[start : start + TEXT_LIMIT], "timestamp": message.date}
         case "display_data" | "execute_result" as kind:
             yield _result(content["data"], is_main=kind == "execute_result")
         case "error":

@@ -131,6 +131,7 @@ async def _pieces(fd: int, start: bytes, wanted: range | None) -> AsyncIterator[
         while start:
             yield start
             start = _read(fd, CHUNK)
+            await asyncio.sleep(0)
         return
 
     at, end = wanted.start, wanted.stop
@@ -145,6 +146,8 @@ async def _pieces(fd: int, start: bytes, wanted: range | None) -> AsyncIterator[
             raise EOFError(msg)
         yield piece
         at += len(piece)
+        # What is sent to a reader that has gone is dropped without a wait; only the loop can say that it has gone.
+        await asyncio.sleep(0)
 
 
 async def _gzipped(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

@@ -30,10 +30,25 @@ class PacedStream(OutStream):  # type: ignore[misc]  # ipykernel is not typed
     """
 
     flush_timeout = 3600  # seconds to wait for a slow reader; an interrupt ends it at once
+    _written = 0
+    """How often something was written; what is counted here is in the buffers or was taken out of them."""
+    _flushed = 0
+    """The `_written` of which all has been sent."""
+
+    def flush(self) -> None:
+        """Returns when all is sent. That takes a trip to another thread and back, so only if there is something."""
+        if self._flushed != self._written:
+            super().flush()
+
+    def _flush(self) -> None:
+        written = self._written
+        super()._flush()
+        self._flushed = written
 
     def _schedule_flush(self) -> None:
         super()._schedule_flush()
         with self._buffer_lock:
+            self._written += 1
             held = sum(buffer.tell() for buffer in self._buffers.values())
         if held >= HELD:
             self.flush()
@@ -44,9 +59,18 @@ class PacedStream(OutStream):  # type: ignore[misc]  # ipykernel is not typed
                 yield parent, text[start : start + PIECE]
 
 
+class Application(IPKernelApp):  # type: ignore[misc]
+    """One that reads requests where it runs them: a thread for subshells in between only takes time."""
+
+    def init_control(self, context: Any) -> None:
+        """Makes the sockets, and leaves that thread away."""
+        super().init_control(context)
+        self.shell_channel_thread = None
+
+
 def run_kernel(kind: type, prepare: Callable[[Any], None] = lambda _: None) -> None:
     """Runs a kernel of that class until it is told to end; `prepare` gets the application before it starts."""
-    app: Any = IPKernelApp.instance(kernel_class=kind)
+    app: Any = Application.instance(kernel_class=kind)
     app.initialize(sys.argv[1:])
     tame_output(app)
     prepare(app)

@@ -5,7 +5,11 @@ from __future__ import annotations
 import io
 import os
 import resource
+import signal
+import socket
 import sys
+import threading
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from _sandbox_kernel import run_kernel
@@ -18,9 +22,32 @@ if TYPE_CHECKING:
 _lent: dict[str, str | None] = {}
 
 
+class Python(IPythonKernel):  # type: ignore[misc]  # ipykernel is not typed
+    """IPython's kernel as it is where there is no thread for subshells."""
+
+    _supports_kernel_subshells = False
+
+    def _publish_status(self, status: str, *rest: Any, **more: Any) -> None:
+        # That it is busy the guest knows, who asked for it.
+        if status != "busy":
+            super()._publish_status(status, *rest, **more)
+
+    def start(self) -> None:
+        """Begins to take requests."""
+        super().start()
+        # Code that awaits is interrupted only where this names the thread that runs it, and where a signal wakes the
+        # loop: what its handler asks of the loop would wait for the next event.
+        self.shell_channel_thread = SimpleNamespace(parent_thread=threading.main_thread())
+        self._woken, self._waker = socket.socketpair()
+        for each in (self._woken, self._waker):
+            each.setblocking(False)
+        self.io_loop.asyncio_loop.add_reader(self._woken, self._woken.recv, 4096)
+        signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
+
+
 def run() -> None:
     """Runs the kernel until it is told to end."""
-    run_kernel(IPythonKernel, _prepare)
+    run_kernel(Python, _prepare)
 
 
 def _prepare(app: Any) -> None:

@@ -95,13 +95,17 @@ async def _lines(context: Context, code: str, env: Mapping[str, str]) -> AsyncGe
         while not ended:
             try:
                 async with asyncio.timeout(KEEPALIVE_INTERVAL):
-                    event = await out.get()
+                    events = [await out.get()]
             except TimeoutError:
                 yield line(KEEPALIVE)
             else:
-                yield line(event)
-                out.task_done()
-                ended = event is ENDED
+                # What is there already leaves with it: each piece takes its own way to the caller.
+                while not out.empty():
+                    events.append(out.get_nowait())
+                yield b"".join(map(line, events))
+                for _ in events:
+                    out.task_done()
+                ended = events[-1] is ENDED
     finally:
         if not ended:
             job.cancel()

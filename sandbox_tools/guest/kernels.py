@@ -9,20 +9,20 @@ import os
 import secrets
 import signal
 import subprocess
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from queue import Empty
 from typing import TYPE_CHECKING, Any, Self
 
-import zmq.asyncio
-from jupyter_client.asynchronous import AsyncKernelClient
 from jupyter_client.connect import write_connection_file
+from zmq.constants import SocketType
 
+from sandbox_tools.guest.channels import Channel, Message
 from sandbox_tools.guest.languages import CONNECTION_FILE, Language
 from sandbox_tools.guest.scripts import FENCE
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Mapping
 
     from sandbox_tools.guest.accounts import Account
 
@@ -38,13 +38,14 @@ file, and a deadline set before would be over when it wakes. A nap costs one tic
 START_TICKS = 480
 """How long a kernel may take to answer for the first time."""
 
-QUEUED = 16
-"""Messages that wait in the guest's socket at most; up to ZeroMQ's thousand more wait in the kernel."""
-
 STDERR_TAIL = 4096  # bytes
 
 LATE = {"stream", "display_data", "execute_result"}
 """Output that also counts when it comes under an earlier request's name: threads and timers go on between requests."""
+
+
+Deliver = Callable[[Message], Awaitable[None]]
+"""Takes output; it may take its time."""
 
 
 class KernelDiedError(Exception):
@@ -70,11 +71,13 @@ class Kernel:
     """A running kernel; made by `start`, of use to one request at a time."""
 
     def __init__(
-        self, language: Language, files: Path, client: Any, process: subprocess.Popen[bytes], stderr: int
+        self, language: Language, files: Path, connection: Any, process: subprocess.Popen[bytes], stderr: int
     ) -> None:
         self._language = language
         self._files = files
-        self._client = client
+        self._shell = _channel(SocketType.DEALER, "shell", connection)
+        self._iopub = _channel(SocketType.SUB, "iopub", connection)
+        self._control = _channel(SocketType.DEALER, "control", connection) if language.interrupt == "message" else None
         self._process = process
         self._stderr = stderr
         self._tail = b""
@@ -96,15 +99,11 @@ class Kernel:
         files = launch.directory / secrets.token_hex(4)
         # Whoever can reach sockets in the file system can read the key as well: signing would only cost time.
         where: dict[str, Any] = {"ip": f"{files}-ipc"} if language.transport == "ipc" else {"key": _key()}
-        sockets: Any = zmq.asyncio.Context.instance()
-        sockets.rcvhwm = QUEUED
-        client: Any = AsyncKernelClient(context=sockets)
         reading, writing = os.pipe()
         os.set_blocking(reading, False)
         try:
             path, connection = write_connection_file(f"{files}.json", transport=language.transport, **where)
             launch.account.own(Path(path))
-            client.load_connection_info(connection)
             process = _spawn(language, launch, path, cwd=cwd, env=env, stderr=writing)
         except BaseException:
             os.close(reading)
@@ -113,7 +112,7 @@ class Kernel:
         finally:
             os.close(writing)
 
-        kernel = cls(language, files, client, process, reading)
+        kernel = cls(language, files, connection, process, reading)
         asyncio.get_running_loop().add_reader(reading, kernel._read_stderr)
         try:
             await kernel._become_ready()
@@ -160,7 +159,7 @@ class Kernel:
         *,
         silent: bool = False,
         fence: bool = False,
-        deliver: Callable[[Any], Awaitable[None]] | None = None,
+        deliver: Deliver | None = None,
     ) -> dict[str, Any]:
         """Runs code and returns the kernel's reply; output goes to `deliver`, which may take its time.
 
@@ -174,39 +173,46 @@ class Kernel:
             KernelDiedError: The process ended; all output that it sent before has been delivered.
         """
         self._reply, self._silent, self._idle, self._fence = None, silent, False, fence
-        self._request = self._client.execute(
-            code, silent=silent, store_history=not silent, allow_stdin=False, stop_on_error=False
+        self._request = self._shell.send(
+            "execute_request",
+            {
+                "code": code,
+                "silent": silent,
+                "store_history": not silent,
+                "user_expressions": {},
+                "allow_stdin": False,
+                "stop_on_error": False,
+            },
         )
         return await self.follow(deliver)
 
-    async def follow(self, deliver: Callable[[Any], Awaitable[None]] | None = None) -> dict[str, Any]:
+    async def follow(self, deliver: Deliver | None = None) -> dict[str, Any]:
         """Waits until the request under way is over; returns and raises as `request` does."""
         while True:
             if self._idle and self._reply is None:
-                message = await self._next(self._client.get_shell_msg)
-                if message["parent_header"].get("msg_id") == self._request:
-                    self._reply = message["content"]
+                message = await self._next(self._shell)
+                if message.parent == self._request:
+                    self._reply = message.content
             # Code that failed may not have come to its fence.
             elif not self._idle or (self._fence and self._reply and self._reply["status"] == "ok"):
-                await self._heed(await self._next(self._client.get_iopub_msg), deliver)
+                await self._heed(await self._next(self._iopub), deliver)
             else:
                 self._request = None
                 assert self._reply is not None
                 return self._reply
 
-    async def _heed(self, message: Any, deliver: Callable[[Any], Awaitable[None]] | None) -> None:
-        kind, ours = message["msg_type"], message["parent_header"].get("msg_id") == self._request
+    async def _heed(self, message: Message, deliver: Deliver | None) -> None:
+        kind, ours = message.kind, message.parent == self._request
         if kind == FENCE:
             self._fence = False
         elif ours and kind == "status":
-            self._idle = message["content"]["execution_state"] == "idle"
+            self._idle = message.content["execution_state"] == "idle"
         elif deliver and (kind in LATE or (ours and not self._silent)):
             await deliver(message)
 
-    async def discard(self) -> None:
-        """Throws away, until cancelled, what background threads print while nobody listens."""
-        while True:
-            await self._client.get_iopub_msg()
+    def discard(self, throw_away: bool) -> None:
+        """Whether what background threads print is thrown away, because nobody listens."""
+        self._iopub.discard(throw_away)
 
     def interrupt(self, *, group: bool) -> None:
         """Interrupts the code, as SIGINT does where the kernel knows that.
@@ -215,8 +221,8 @@ class Kernel:
             group: Signal also every process of the kernel's group. That reaches a child which the kernel waits for
                 deafly, as in `os.system`, but also what earlier code started in the background.
         """
-        if self._language.interrupt == "message":
-            self._client.control_channel.send(self._client.session.msg("interrupt_request", {}))
+        if self._control:
+            self._control.send("interrupt_request", {})
         else:
             self._signal(signal.SIGINT, group=group)
 
@@ -234,7 +240,9 @@ class Kernel:
         asyncio.get_running_loop().remove_reader(self._stderr)
         os.close(self._stderr)
         self._stderr = -1
-        self._client.stop_channels()
+        for channel in (self._shell, self._iopub, self._control):
+            if channel:
+                channel.close()
         _remove(self._files)
 
     def _signal(self, number: signal.Signals, *, group: bool) -> None:
@@ -255,17 +263,15 @@ class Kernel:
         await self._arrange("__import__('_sandbox').warm_up()")
 
     async def _become_ready(self) -> None:
-        self._client.start_channels(stdin=False, hb=False, control=self._language.interrupt == "message")
         for _ in range(START_TICKS):
             if self.exit_code is not None:
                 raise self.died
 
             # Until the kernel knows of the subscription, messages pass the guest by: ask until one comes through.
-            asked = self._client.kernel_info()
-            with contextlib.suppress(Empty):
-                while (await self._client.get_iopub_msg(TICK))["parent_header"].get("msg_id") != asked:
-                    pass
-                return
+            asked = self._shell.send("kernel_info_request", {})
+            while message := await self._iopub.receive(TICK):
+                if message.parent == asked:
+                    return
 
         msg = "no answer from it"
         raise KernelDiedError(msg)
@@ -276,17 +282,18 @@ class Kernel:
             msg = f"its preparation failed: {reply.get('ename')}: {reply.get('evalue')}"
             raise KernelDiedError(msg)
 
-    async def _next(self, receive: Callable[[float], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
+    async def _next(self, channel: Channel) -> Message:
         dead = False
         while True:
-            try:
-                return await receive(TICK)
-            except Empty:
-                # What it sent before it died may have come in since; so look once more.
-                if dead:
-                    self._request = None
-                    raise self.died from None
-                dead = self.exit_code is not None
+            message = await channel.receive(TICK)
+            if message:
+                return message
+
+            # What it sent before it died may have come in since; so look once more.
+            if dead:
+                self._request = None
+                raise self.died
+            dead = self.exit_code is not None
 
     def _read_stderr(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -294,6 +301,12 @@ class Kernel:
             if not data:
                 asyncio.get_running_loop().remove_reader(self._stderr)
             self._tail = (self._tail + data)[-STDERR_TAIL:]
+
+
+def _channel(kind: SocketType, name: str, connection: Mapping[str, Any]) -> Channel:
+    between = "-" if connection["transport"] == "ipc" else ":"
+    address = f"{connection['transport']}://{connection['ip']}{between}{connection[f'{name}_port']}"
+    return Channel(kind, address, connection["key"].encode())
 
 
 def _key() -> bytes:

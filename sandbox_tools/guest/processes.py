@@ -11,6 +11,7 @@ import termios
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from sandbox_tools.guest.kernels import TICK
 from sandbox_tools.guest.spawn import READ_SIZE, Command, InputError, Output, spawn
@@ -141,6 +142,7 @@ class Process:
             raise InputError(msg)
 
         termios.tcsetwinsize(self._outputs[0].fd, (rows, columns))
+        self._signal_session(signal.SIGWINCH)
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[Reader]:
@@ -206,6 +208,14 @@ class Process:
         output.left -= len(data) * (self._how is not None)
         return len(data)
 
+    def _signal_session(self, number: int) -> None:
+        """Does what a terminal's kernel does for its foreground; gVisor's does not, and does not say who that is."""
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                session = path.read_text(errors="replace").rpartition(")")[2].split()[3]
+                if int(session) == self.pid:
+                    os.kill(int(path.parent.name), number)
+
     def _await_exit(self) -> None:
         # It stays a zombie until the loop has heard of it: no signal can go to another process of the same id.
         how = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
@@ -213,7 +223,11 @@ class Process:
             self._loop.call_soon_threadsafe(self._exited, how)
 
     def _exited(self, how: os.waitid_result | None) -> None:
+        assert how is not None  # only a caller that does not want to wait is told nothing
         self._how = how
+        # A shell that ends by itself leaves nobody in the foreground.
+        if self.command.size is not None and how.si_code != os.CLD_EXITED:
+            self._signal_session(signal.SIGHUP)
         self._popen.wait()
         self.resume()
 

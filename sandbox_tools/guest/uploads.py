@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import os
@@ -282,6 +283,7 @@ async def inflated(body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
             # A full piece may leave more inside, also when all of the input has been taken in.
             full = len(piece) == INFLATED and not member.eof
             yield piece
+            await asyncio.sleep(0)  # others have their turn, however much comes out of a little
     if not member.eof:
         msg = "the gzipped body ends too early. Send it again."
         raise BadBodyError(msg)

@@ -132,33 +132,33 @@ class Watch:
             for _ in self._descend("."):
                 pass
 
-    def _descend(self, top: str) -> Iterator[str]:
-        """Watches the directories below a watched one; yields all that is in there, relative to the root.
+    def _descend(self, top: str) -> Iterator[tuple[str, os.stat_result]]:
+        """Watches the directories below a watched one; yields all that is in there, by its name relative to the root.
 
         A directory is watched before it is read: what comes into it in between is seen twice, but never missed.
         """
         waiting = [top]
         while waiting:
             directory = waiting.pop()
-            try:
-                with os.scandir(self.path / directory) as found:
-                    entries = [(os.path.normpath(f"{directory}/{each.name}"), _is_directory(each)) for each in found]
-            except OSError:  # gone again, or not to be read
-                continue
-
-            for name, is_directory in entries:
-                if is_directory and self._add(name) is not None:
+            for name, info in self._entries(directory):
+                if stat.S_ISDIR(info.st_mode) and self._add(name):
                     waiting.append(name)
-                yield name
+                yield name, info
 
-    def _add(self, name: str) -> int | None:
-        """Watches a directory below the root. None: it is gone again, or not to be watched."""
+    def _entries(self, directory: str) -> Iterator[tuple[str, os.stat_result]]:
+        with contextlib.suppress(OSError), os.scandir(self.path / directory) as found:  # gone again, or not to be read
+            for each in found:
+                with contextlib.suppress(OSError):
+                    yield os.path.normpath(f"{directory}/{each.name}"), each.stat(follow_symlinks=False)
+
+    def _add(self, name: str) -> bool:
+        """Watches a directory below the root. False: it is gone again, or not to be watched."""
         try:
             number: int = self._inotify.add_watch(self.path / name, _MASK | flags.DONT_FOLLOW)
         except OSError:
-            return None
+            return False
         self._directories[number] = name
-        return number
+        return True
 
     def _read(self) -> None:
         try:
@@ -212,11 +212,14 @@ class Watch:
             self._rename(moved_from, name)
             return
 
-        if self._add(name) is None:
+        if not self._add(name):
             return
-        for found in self._descend(name):
-            self._put(found, CREATE)
+        for found, info in self._descend(name):
             self._announced.add(found)
+            self._put(found, CREATE)
+            # Nobody has seen it being written, but it has been.
+            if stat.S_ISREG(info.st_mode) and info.st_size:
+                self._put(found, WRITE)
 
     def _rename(self, old: str, new: str) -> None:
         for number, name in self._directories.items():
@@ -250,10 +253,3 @@ class Watch:
         self._queue.clear()
         self._lost = True
         self._more.set()
-
-
-def _is_directory(entry: os.DirEntry[str]) -> bool:
-    try:
-        return stat.S_ISDIR(entry.stat(follow_symlinks=False).st_mode)
-    except OSError:
-        return False

@@ -55,6 +55,13 @@ async def test_code_that_waits_for_a_child_deaf_to_signals_is_interrupted_too(gu
     assert await guest.value("'free'") == "free"
 
 
+async def test_code_that_awaits_is_interrupted_too(guest: Guest) -> None:
+    """The kernel's loop sleeps then, and must be woken to hear of it."""
+    await leave(guest, "import asyncio\nkept = 6\nprint('running', flush=True)\nawait asyncio.sleep(600)")
+
+    assert await guest.value("kept") == "6"
+
+
 async def test_leaving_before_the_turn_comes_means_that_the_code_never_runs(guest: Guest) -> None:
     gate = "import pathlib, time\nprint('in', flush=True)\nwhile not pathlib.Path('turn').exists(): time.sleep(0.01)"
     async with guest.stream(gate) as first:

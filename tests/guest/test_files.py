@@ -8,6 +8,8 @@ import hashlib
 import os
 import resource
 import stat
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -490,6 +492,65 @@ async def test_a_file_that_may_not_be_so_large_is_refused(http: httpx.AsyncClien
     assert unfinished(tmp_path) == []
 
 
+SMALL_DISK = """
+import asyncio, sys
+import uvicorn
+from sandbox_tools.guest import envd
+from sandbox_tools.guest.main import Server
+from sandbox_tools.guest.settings import Settings
+app = envd.create_app(Settings())
+asyncio.run(Server(uvicorn.Config(app, uds=sys.argv[1], lifespan="off", log_config=None)).serve())
+"""
+IN_A_NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount", "--kill-child"]
+
+
+def may_mount() -> bool:
+    """Whether a file system can be mounted here, for oneself alone."""
+    tried = subprocess.run([*IN_A_NAMESPACE, "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True)
+    return tried.returncode == 0
+
+
+@pytest.mark.skipif(not may_mount(), reason="needs `unshare` and user namespaces, for a disk that is small")
+async def test_a_full_disk_is_a_507_and_the_old_file_stays(tmp_path: Path) -> None:
+    disk, uds = tmp_path / "disk", tmp_path / "http.sock"
+    disk.mkdir()
+    mounted = f'mount -t tmpfs -o size=1m tmpfs {disk} && exec "$@"'
+    command = [*IN_A_NAMESPACE, "sh", "-c", mounted, "-", sys.executable, "-c", SMALL_DISK, str(uds)]
+    with subprocess.Popen(command) as server:
+        try:
+            transport = httpx.AsyncHTTPTransport(uds=str(uds))
+            async with httpx.AsyncClient(transport=transport, base_url="http://guest", timeout=30) as http:
+                async with asyncio.timeout(60):
+                    while not uds.exists():
+                        await asyncio.sleep(0.02)
+                assert (await put(http, disk / "file", b"before")).status_code == 200
+
+                answers = [
+                    await put(http, disk / "file", noise(2 << 20)),
+                    await http.post("/files", files={"file": (str(disk / "file"), noise(2 << 20))}),
+                ]
+
+                assert [(answer.status_code, answer.json()["code"]) for answer in answers] == [(507, 507)] * 2
+                assert "disk is full" in answers[0].json()["message"]
+                assert (await get(http, disk / "file")).text == "before"
+                # All that had come of them is gone, so that there is room again.
+                assert (await put(http, disk / "other", noise(1 << 19))).status_code == 200
+        finally:
+            server.kill()
+
+
+async def test_a_reader_that_goes_away_is_noticed_at_once(http: httpx.AsyncClient, tmp_path: Path) -> None:
+    """Else the rest of the file would be read for nobody, and nobody else be answered in the meantime."""
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(1 << 40)
+
+    async with http.stream("GET", "/files", params={"path": str(tmp_path / "large")}) as answer:
+        assert answer.status_code == 200
+
+    async with asyncio.timeout(30):
+        assert (await http.get("/health")).status_code == 204
+
+
 async def test_no_file_stays_open(http: httpx.AsyncClient, tmp_path: Path) -> None:
     """Whole answers, refused ones, heads, and readers that go away in the middle."""
     (tmp_path / "large").touch()
@@ -527,7 +588,7 @@ def deep(tmp_path: Path) -> Path:
     return root
 
 
-FUZZED = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZED = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @FUZZED

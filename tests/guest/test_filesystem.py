@@ -420,7 +420,7 @@ NAMES = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     names=st.lists(NAMES, max_size=6),
     method=st.sampled_from(["Stat", "ListDir", "MakeDir", "CreateWatcher"]),

@@ -47,7 +47,6 @@ async def test_what_comes_in_with_a_new_directory_is_seen_once(watch: Watch, tmp
     """Some of it is there before the directory can be watched."""
     (tmp_path / "a" / "b" / "c").mkdir(parents=True)
     (tmp_path / "a" / "b" / "file").touch()
-    await asyncio.sleep(0)
     (tmp_path / "a" / "b" / "c" / "late").touch()
 
     created = sorted(name for name, kind in seen(watch) if kind == CREATE)
@@ -55,6 +54,22 @@ async def test_what_comes_in_with_a_new_directory_is_seen_once(watch: Watch, tmp
     assert created == ["a", "a/b", "a/b/c", "a/b/c/late", "a/b/file"]
     (tmp_path / "a" / "b" / "c" / "late").write_text("x")
     assert seen(watch) == [("a/b/c/late", WRITE)]
+
+
+async def test_a_file_that_comes_in_with_a_new_directory_is_seen_as_written(watch: Watch, tmp_path: Path) -> None:
+    """An upload that makes its parents is over before the directory can be watched."""
+    file = Incoming(tmp_path / "new" / "file", account(), {})
+    file.write(b"content")
+    file.finish()
+
+    changes = seen(watch)
+
+    assert [change for change in changes if change[1] != CHMOD][:3] == [
+        ("new", CREATE),
+        ("new/file", CREATE),
+        ("new/file", WRITE),
+    ]
+    assert changes.count(("new/file", CREATE)) == 1
 
 
 async def test_a_directory_is_followed_where_it_is_moved_within(watch: Watch, tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""The services' own SDKs, unmodified, against one engine."""
