@@ -6,9 +6,10 @@ Each step is a promise of the engine; `user.py` takes them in order.
 from __future__ import annotations
 
 import asyncio
+import uuid
 
 from tests.sdk.steps import AbsentError, Steps, arefused
-from tests.sdk.texts import METADATA, NUMBER, SERVER, WITNESS, AsyncScreen, auntil, until, web
+from tests.sdk.texts import ENDLESS, METADATA, NUMBER, SERVER, WITNESS, AsyncScreen, auntil, until, web
 
 step = Steps()
 
@@ -288,6 +289,23 @@ async def what_only_a_cloud_has_is_refused_in_words(my) -> None:
 
 
 @step
+async def code_whose_sandbox_is_paused_ends_with_an_error(my) -> None:
+    sandbox = await my.Sandbox.create(timeout=300)
+    await sandbox.run_code("kept = 'whole'")
+    pausing: list[asyncio.Task] = []
+
+    def on_stdout(_message) -> None:
+        pausing.append(asyncio.create_task(sandbox.pause()))
+
+    await arefused(my.says.error(my.says.cut_code), sandbox.run_code(ENDLESS, on_stdout=on_stdout))
+    await pausing[0]
+
+    sandbox = await my.Sandbox.connect(sandbox.sandbox_id)
+    assert (await sandbox.run_code("kept")).text == "whole"
+    assert await sandbox.kill()
+
+
+@step
 async def code_whose_sandbox_is_killed_ends_with_an_error(my) -> None:
     sandbox = await my.Sandbox.create(timeout=300)
     killing: list[asyncio.Task] = []
@@ -295,8 +313,7 @@ async def code_whose_sandbox_is_killed_ends_with_an_error(my) -> None:
     def on_stdout(_message) -> None:
         killing.append(asyncio.create_task(sandbox.kill()))
 
-    endless = "print('started', flush=True)\nimport time\nwhile True: time.sleep(0.1)"
-    await arefused(my.says.error(my.says.cut_code), sandbox.run_code(endless, on_stdout=on_stdout))
+    await arefused(my.says.error(my.says.cut_code), sandbox.run_code(ENDLESS, on_stdout=on_stdout))
     await killing[0]
 
 
@@ -328,6 +345,18 @@ async def what_was_never_there_is_refused(my) -> None:
     assert "404" in str(error)
     assert "no-such-template" in str(error)
     assert await my.Sandbox.kill("inosuchsandbox0000000") is False
+
+
+@step
+async def one_key_makes_one_sandbox(my) -> None:
+    if "create by key" not in my.says.has:
+        raise AbsentError(f"{my.says.package} sends no key with a create")
+
+    key = uuid.uuid4().hex
+    first, again = [await my.Sandbox.create(idempotency_key=key) for _ in range(2)]
+    assert first.sandbox_id == again.sandbox_id
+    assert await first.kill()
+    assert not await again.kill()
 
 
 @step

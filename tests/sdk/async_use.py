@@ -6,6 +6,7 @@ Each step is a promise of the engine; `user.py` takes them in order.
 from __future__ import annotations
 
 import asyncio
+import io
 
 from tests.sdk.steps import AbsentError, Steps, arefused
 from tests.sdk.texts import KINDS, METADATA, PLOT, READY_THEN_GO, SERVER, AsyncScreen, auntil, until, web
@@ -199,6 +200,18 @@ async def the_end_of_a_command_s_input_can_be_sent(my) -> None:
 
 
 @step
+async def a_command_s_input_can_be_streamed(my) -> None:
+    if "streamed input" not in my.says.has:
+        raise AbsentError(f"{my.says.package} can't stream a command's input")
+
+    reader = await my.sandbox.commands.run("head -n 2 | tr a-z A-Z", background=True, stdin=True)
+    async with my.sandbox.commands.stream_input(reader.pid) as stream:
+        await stream.send("one\n")
+        await stream.send("two\n")
+    assert (await reader.wait()).stdout == "ONE\nTWO\n"
+
+
+@step
 async def a_command_past_its_timeout_is_ended(my) -> None:
     waits = "echo $$ > /tmp/slow; exec sleep 1000"
     await arefused(my.core.TimeoutException, my.sandbox.commands.run(waits, timeout=1))
@@ -217,6 +230,11 @@ async def files_are_written_and_read(my) -> None:
     await files.write("/tmp/every-byte", every_byte)
     assert bytes(await files.read("/tmp/every-byte", format="bytes")) == every_byte
     assert b"".join([part async for part in await files.read("/tmp/every-byte", format="stream")]) == every_byte
+
+    await files.write("/tmp/zipped", "again " * 1000, gzip=True)
+    assert await files.read("/tmp/zipped", gzip=True) == "again " * 1000
+    await files.write("/tmp/from-a-file", io.BytesIO(every_byte))
+    assert (await files.get_info("/tmp/from-a-file")).size == len(every_byte)
 
     many = [{"path": f"/tmp/many/{number}", "data": str(number)} for number in range(3)]
     assert [info.path for info in await files.write_files(many)] == [file["path"] for file in many]
@@ -280,6 +298,17 @@ async def what_goes_wrong_with_files_has_its_own_error(my) -> None:
     await arefused(core.AuthenticationException, files.read("/etc/hostname", user="nobody-here"))
     await arefused(core.AuthenticationException, my.sandbox.commands.run("true", user="nobody-here"))
     await arefused(core.InvalidArgumentException, my.sandbox.commands.run("true", cwd="/nowhere"))
+
+
+@step
+async def a_repository_is_kept_with_git(my) -> None:
+    git = my.sandbox.git
+    await git.init("repository", initial_branch="main")
+    await my.sandbox.files.write("repository/file", "1")
+    await git.add("repository")
+    await git.commit("repository", "A first commit", author_name="A user", author_email="user@example.org")
+    status = await git.status("repository")
+    assert (status.current_branch, status.is_clean) == ("main", True)
 
 
 @step

@@ -50,19 +50,8 @@ class Spelling:
         return importlib.import_module(self.interpreter)
 
 
-_ALL = frozenset(
-    (
-        "fork",
-        "code in copies",
-        "snapshots",
-        "reboot",
-        "file metadata",
-        "close stdin",
-        "order",
-        "private traffic",
-        "secure",
-    )
-)
+_MODERN = frozenset(("code in copies", "private traffic", "secure", "snapshots"))
+_ALL = _MODERN | {"close stdin", "file metadata", "fork", "order", "reboot"}
 _E2B = Spelling(
     package="e2b",
     interpreter="e2b_code_interpreter",
@@ -73,19 +62,7 @@ _E2B = Spelling(
     gone="SandboxNotRunningException",
     cut_code="TimeoutException",
     cut_command="SandboxNotRunningException",
-    has=frozenset(
-        (
-            "fork",
-            "code in copies",
-            "snapshots",
-            "reboot",
-            "file metadata",
-            "close stdin",
-            "order",
-            "private traffic",
-            "secure",
-        )
-    ),
+    has=_ALL | {"create by key", "streamed input"},
 )
 _UCLOUD = Spelling(
     package="ucloud_sandbox",
@@ -97,19 +74,7 @@ _UCLOUD = Spelling(
     gone="TimeoutException",
     cut_code="TimeoutException",
     cut_command="TimeoutException",
-    has=frozenset(
-        (
-            "fork",
-            "code in copies",
-            "snapshots",
-            "reboot",
-            "file metadata",
-            "close stdin",
-            "order",
-            "private traffic",
-            "secure",
-        )
-    ),
+    has=_ALL,
 )
 _PPIO = Spelling(
     package="ppio_sandbox.core",
@@ -121,7 +86,7 @@ _PPIO = Spelling(
     gone="TimeoutException",
     cut_code="httpx.RemoteProtocolError",
     cut_command="httpcore.RemoteProtocolError",
-    has=frozenset(("clone", "code in copies", "snapshots", "private traffic", "secure", "accounts")),
+    has=_MODERN | {"accounts", "clone"},
     secret={"hosts": ["example.org"]},
 )
 # On its old domains the SDK refuses by itself what came later, a copy's own address is out of its reach, and sandboxes
@@ -136,7 +101,7 @@ _PPIO_LEGACY = Spelling(
     gone="TimeoutException",
     cut_code="httpx.RemoteProtocolError",
     cut_command="httpcore.RemoteProtocolError",
-    has=frozenset(("clone", "accounts")),
+    has=frozenset(("accounts", "clone")),
     secret={"hosts": ["example.org"]},
 )
 SPELLINGS = {"e2b": _E2B, "ppio": _PPIO, "ppio-legacy": _PPIO_LEGACY, "ucloud": _UCLOUD}

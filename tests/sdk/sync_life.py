@@ -5,10 +5,10 @@ Each step is a promise of the engine; `user.py` takes them in order.
 
 from __future__ import annotations
 
-import threading
+import uuid
 
 from tests.sdk.steps import AbsentError, Steps, refused
-from tests.sdk.texts import METADATA, NUMBER, SERVER, WITNESS, Screen, until, web
+from tests.sdk.texts import ENDLESS, METADATA, NUMBER, SERVER, WITNESS, Screen, until, web
 
 step = Steps()
 
@@ -276,17 +276,24 @@ def what_only_a_cloud_has_is_refused_in_words(my) -> None:
 
 
 @step
+def code_whose_sandbox_is_paused_ends_with_an_error(my) -> None:
+    sandbox = my.Sandbox.create(timeout=300)
+    sandbox.run_code("kept = 'whole'")
+    refused(
+        my.says.error(my.says.cut_code), lambda: sandbox.run_code(ENDLESS, on_stdout=lambda _message: sandbox.pause())
+    )
+
+    sandbox = my.Sandbox.connect(sandbox.sandbox_id)
+    assert sandbox.run_code("kept").text == "whole"
+    assert sandbox.kill()
+
+
+@step
 def code_whose_sandbox_is_killed_ends_with_an_error(my) -> None:
     sandbox = my.Sandbox.create(timeout=300)
-    killer: list[threading.Thread] = []
-
-    def on_stdout(_message) -> None:
-        killer.append(threading.Thread(target=sandbox.kill))
-        killer[0].start()
-
-    endless = "print('started', flush=True)\nimport time\nwhile True: time.sleep(0.1)"
-    refused(my.says.error(my.says.cut_code), lambda: sandbox.run_code(endless, on_stdout=on_stdout))
-    killer[0].join()
+    refused(
+        my.says.error(my.says.cut_code), lambda: sandbox.run_code(ENDLESS, on_stdout=lambda _message: sandbox.kill())
+    )
 
 
 @step
@@ -317,6 +324,18 @@ def what_was_never_there_is_refused(my) -> None:
     assert "404" in str(error)
     assert "no-such-template" in str(error)
     assert my.Sandbox.kill("inosuchsandbox0000000") is False
+
+
+@step
+def one_key_makes_one_sandbox(my) -> None:
+    if "create by key" not in my.says.has:
+        raise AbsentError(f"{my.says.package} sends no key with a create")
+
+    key = uuid.uuid4().hex
+    first, again = [my.Sandbox.create(idempotency_key=key) for _ in range(2)]
+    assert first.sandbox_id == again.sandbox_id
+    assert first.kill()
+    assert not again.kill()
 
 
 @step

@@ -5,6 +5,8 @@ Each step is a promise of the engine; `user.py` takes them in order.
 
 from __future__ import annotations
 
+import io
+
 from tests.sdk.steps import AbsentError, Steps, refused
 from tests.sdk.texts import KINDS, METADATA, PLOT, READY_THEN_GO, SERVER, Screen, until, web
 
@@ -190,6 +192,16 @@ def the_end_of_a_command_s_input_can_be_sent(my) -> None:
 
 
 @step
+def a_command_s_input_can_be_streamed(my) -> None:
+    if "streamed input" not in my.says.has:
+        raise AbsentError(f"{my.says.package} can't stream a command's input")
+
+    reader = my.sandbox.commands.run("head -n 2 | tr a-z A-Z", background=True, stdin=True)
+    my.sandbox.commands.stream_input(reader.pid, ["one\n", "two\n"])
+    assert reader.wait().stdout == "ONE\nTWO\n"
+
+
+@step
 def a_command_past_its_timeout_is_ended(my) -> None:
     waits = "echo $$ > /tmp/slow; exec sleep 1000"
     refused(my.core.TimeoutException, lambda: my.sandbox.commands.run(waits, timeout=1))
@@ -208,6 +220,11 @@ def files_are_written_and_read(my) -> None:
     files.write("/tmp/every-byte", every_byte)
     assert bytes(files.read("/tmp/every-byte", format="bytes")) == every_byte
     assert b"".join(files.read("/tmp/every-byte", format="stream")) == every_byte
+
+    files.write("/tmp/zipped", "again " * 1000, gzip=True)
+    assert files.read("/tmp/zipped", gzip=True) == "again " * 1000
+    files.write("/tmp/from-a-file", io.BytesIO(every_byte))
+    assert files.get_info("/tmp/from-a-file").size == len(every_byte)
 
     many = [{"path": f"/tmp/many/{number}", "data": str(number)} for number in range(3)]
     assert [info.path for info in files.write_files(many)] == [file["path"] for file in many]
@@ -271,6 +288,17 @@ def what_goes_wrong_with_files_has_its_own_error(my) -> None:
     refused(core.AuthenticationException, lambda: files.read("/etc/hostname", user="nobody-here"))
     refused(core.AuthenticationException, lambda: my.sandbox.commands.run("true", user="nobody-here"))
     refused(core.InvalidArgumentException, lambda: my.sandbox.commands.run("true", cwd="/nowhere"))
+
+
+@step
+def a_repository_is_kept_with_git(my) -> None:
+    git = my.sandbox.git
+    git.init("repository", initial_branch="main")
+    my.sandbox.files.write("repository/file", "1")
+    git.add("repository")
+    git.commit("repository", "A first commit", author_name="A user", author_email="user@example.org")
+    status = git.status("repository")
+    assert (status.current_branch, status.is_clean) == ("main", True)
 
 
 @step

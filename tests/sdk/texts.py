@@ -40,6 +40,13 @@ while not os.path.exists("{path}") and time.monotonic() < give_up:
 os.path.exists("{path}") and "done"
 """
 
+ENDLESS = """
+import time
+print("started", flush=True)
+while True:
+    time.sleep(0.1)
+"""
+
 SERVER = (
     """mkdir -p site && echo 'served from inside' > site/page.html && cd site && exec python3 -m http.server 8000"""
 )
@@ -55,7 +62,7 @@ exec sleep 1000
 NUMBER = 4171
 
 SHARED = {"METADATA": METADATA, "PLOT": PLOT, "KINDS": KINDS, "READY_THEN_GO": READY_THEN_GO}
-SHARED |= {"SERVER": SERVER, "WITNESS": WITNESS, "NUMBER": NUMBER}
+SHARED |= {"SERVER": SERVER, "WITNESS": WITNESS, "NUMBER": NUMBER, "ENDLESS": ENDLESS}
 """The same for the users of JavaScript."""
 
 WAIT = 30.0

@@ -3,7 +3,7 @@ import assert from 'node:assert/strict'
 import { readFileSync } from 'node:fs'
 import * as e2b from 'e2b'
 import { Sandbox } from '@e2b/code-interpreter'
-import { Screen, page, refused, step, until } from './steps.mjs'
+import { Absent, Screen, page, refused, step, until } from './steps.mjs'
 
 const texts = JSON.parse(readFileSync(new URL('texts.json', import.meta.url)))
 const { NUMBER } = texts
@@ -236,11 +236,24 @@ step('what_only_a_cloud_has_is_refused_in_words', async (my) => {
   }
 })
 
+step('code_whose_sandbox_is_paused_ends_with_an_error', async () => {
+  const asleep = await Sandbox.create({ timeoutMs: 300_000 })
+  await asleep.runCode("kept = 'whole'")
+  let pausing
+  const running = asleep.runCode(texts.ENDLESS, { onStdout: () => void (pausing = asleep.pause()) })
+  await refused(e2b.TimeoutError, running)
+  assert.equal(await pausing, true)
+
+  const sandbox = await Sandbox.connect(asleep.sandboxId)
+  assert.equal((await sandbox.runCode('kept')).text, 'whole')
+  assert.equal(await sandbox.kill(), true)
+})
+
 step('code_whose_sandbox_is_killed_ends_with_an_error', async () => {
   const sandbox = await Sandbox.create({ timeoutMs: 300_000 })
   let killing
-  const endless = "print('started', flush=True)\nimport time\nwhile True: time.sleep(0.1)"
-  await refused(e2b.TimeoutError, sandbox.runCode(endless, { onStdout: () => void (killing = sandbox.kill()) }))
+  const running = sandbox.runCode(texts.ENDLESS, { onStdout: () => void (killing = sandbox.kill()) })
+  await refused(e2b.TimeoutError, running)
   assert.equal(await killing, true)
 })
 
@@ -267,6 +280,10 @@ step('what_was_never_there_is_refused', async () => {
   const error = await refused(e2b.SandboxError, Sandbox.create('no-such-template'))
   assert.match(error.message, /404.*no-such-template/)
   assert.equal(await Sandbox.kill('inosuchsandbox0000000'), false)
+})
+
+step('one_key_makes_one_sandbox', () => {
+  throw new Absent('e2b for JavaScript sends no key with a create')
 })
 
 step('a_wrong_key_is_refused', async () => {
