@@ -559,8 +559,8 @@ async def test_a_terminal_is_a_real_one(caller: Caller) -> None:
         await caller.type(pid, "stty size; echo $((x * 2))\n", "pty")
         await stream.until(lambda seen: b"20 40" in seen.pty and b"42" in seen.pty)
         # The keyboard's interrupt reaches the foreground alone.
-        await caller.type(pid, "sleep 1000\n", "pty")
-        await stream.until(lambda seen: b"sleep 1000" in seen.pty)
+        await caller.type(pid, "sh -c 'echo go\"\"ing; sleep 1000'\n", "pty")
+        await stream.until(lambda seen: b"going" in seen.pty)
         await caller.type(pid, "\x03", "pty")
         assert (await caller.call("CloseStdin", {"process": {"pid": pid}}))[1]["code"] == "failed_precondition"
         await caller.type(pid, "\x15exit 6\n", "pty")
