@@ -87,7 +87,11 @@ class Stream:
     async def until(self, enough: Callable[[Followed], object]) -> Followed:
         """What was seen once it is enough."""
         while not enough(self.seen):
-            self.seen.take(self._envelopes.feed(await anext(self._bytes)))
+            try:
+                self.seen.take(self._envelopes.feed(await anext(self._bytes)))
+            except (httpx.ReadTimeout, TimeoutError) as error:
+                msg = f"nothing more came after {self.seen!r:.2000}"
+                raise AssertionError(msg) from error
         return self.seen
 
     async def pid(self) -> int:
@@ -544,7 +548,7 @@ async def test_an_unknown_user_is_unauthenticated(caller: Caller) -> None:
 
 
 TERMINAL = {
-    "process": {"cmd": "/bin/bash", "args": ["--norc", "-i"], "envs": {"TERM": "xterm-256color", "PS1": "$ "}},
+    "process": {"cmd": "/bin/bash", "args": ["--norc", "-i"], "envs": {"TERM": "xterm-256color", "PS1": "[\\#] "}},
     "pty": {"size": {"cols": 91, "rows": 33}},
 }
 
@@ -559,11 +563,12 @@ async def test_a_terminal_is_a_real_one(caller: Caller) -> None:
         await caller.type(pid, "stty size; echo $((x * 2))\n", "pty")
         await stream.until(lambda seen: b"20 40" in seen.pty and b"42" in seen.pty)
         # The keyboard's interrupt reaches the foreground alone.
-        await caller.type(pid, "sleep 1000\n", "pty")
-        await stream.until(lambda seen: b"sleep 1000" in seen.pty)
+        await caller.type(pid, "sh -c 'echo go\"\"ing; sleep 1000'\n", "pty")
+        await stream.until(lambda seen: b"going" in seen.pty)
         await caller.type(pid, "\x03", "pty")
         assert (await caller.call("CloseStdin", {"process": {"pid": pid}}))[1]["code"] == "failed_precondition"
-        await caller.type(pid, "\x15exit 6\n", "pty")
+        await stream.until(lambda seen: b"[4] " in seen.pty)  # the prompt for the fourth command
+        await caller.type(pid, "exit 6\n", "pty")
         seen = await stream.rest()
 
     assert (seen.end or {})["exitCode"] == 6
