@@ -22,7 +22,7 @@ from tests.sdk.environments import JAVASCRIPT, environment
 
 ROOT = Path(__file__).parents[2]
 KEY = "e2b_of_the_tests"
-AT_ONCE = 3  # scenarios; they mostly wait
+AT_ONCE = 2  # scenarios; they mostly wait, but each has a few sandboxes
 MINUTES = 8  # in which a scenario that has not ended is broken
 
 

@@ -171,10 +171,9 @@ step('a_command_s_input_can_be_streamed', () => {
 })
 
 step('a_command_past_its_timeout_is_ended', async (my) => {
-  const waits = 'echo $$ > /tmp/slow; exec sleep 1000'
-  await refused(e2b.TimeoutError, my.sandbox.commands.run(waits, { timeoutMs: 1_000 }))
-  const pid = Number(await my.sandbox.files.read('/tmp/slow'))
-  await until(async () => !(await running(my, pid)))
+  const { commands } = my.sandbox
+  await refused(e2b.TimeoutError, commands.run('exec sleep 1234', { timeoutMs: 1_000 }))
+  await until(async () => (await commands.run("pgrep -f '[s]leep 1234' || echo none")).stdout === 'none\n')
 })
 
 step('files_are_written_and_read', async (my) => {
