@@ -41,6 +41,7 @@ CALLS = 30
 
 ROUND_TRIP = "1+1"
 PROXIED = "request to a user's port"
+INSIDE = "the same from inside"
 UP, DOWN = "100 MB up, /files", "100 MB down, /files"
 OUTPUT = "100 MB of a command's output"
 USER_UP, USER_DOWN = "100 MB up, a user's port", "100 MB down, a user's port"
@@ -68,6 +69,21 @@ while not server.started:
     time.sleep(0.01)
 """
 
+# What the gateway adds is what lies between this and the request that came through it.
+FROM_INSIDE = f"""
+import socket, time
+
+def ask():
+    started = time.perf_counter()
+    with socket.create_connection(("127.0.0.1", {USER_PORT})) as connection:
+        connection.sendall(b"GET /10 HTTP/1.1\\r\\nHost: x\\r\\nConnection: close\\r\\n\\r\\n")
+        while connection.recv(65536):
+            pass
+    return time.perf_counter() - started
+
+print([ask() for _ in range({CALLS})])
+"""
+
 Samples = dict[str, list[float]]
 
 
@@ -80,17 +96,23 @@ class Side:
     directory: str
     samples: Samples = field(default_factory=dict)
 
-    def call(self, port: int, method: str, path: str, body: bytes = b"", **more: str) -> int:
-        """One exchange on a connection of its own; the bytes of the answer, which must be a good one."""
+    def call(
+        self, port: int, method: str, path: str, body: bytes = b"", *, keep: list[bytes] | None = None, **more: str
+    ) -> None:
+        """One exchange on a connection of its own, whose answer must be a good one.
+
+        Args:
+            keep: Where its body goes. None: it is read and dropped.
+        """
         connection = self.connect(port)
         try:
             connection.request(method, path, body, self.headers(port) | more)
             answer = connection.getresponse()
             assert answer.status == 200, (answer.status, answer.read())
-            received, room = 0, memoryview(bytearray(MB))
+            room = memoryview(bytearray(MB))
             while count := answer.readinto(room):
-                received += count
-            return received
+                if keep is not None:
+                    keep.append(bytes(room[:count]))
         finally:
             connection.close()
 
@@ -100,9 +122,13 @@ class Side:
         self.call(*arguments, **more)  # type: ignore[arg-type]
         self.samples.setdefault(step, []).append(time.perf_counter() - started)
 
-    def run(self, code: str) -> None:
-        """Run code, in the default context."""
-        self.call(INTERPRETER_PORT, "POST", "/execute", *_execute(code), **{"Content-Type": "application/json"})
+    def run(self, code: str) -> str:
+        """Run code, in the default context; what it prints."""
+        lines: list[bytes] = []
+        self.call(INTERPRETER_PORT, "POST", "/execute", *_execute(code), keep=lines)
+        events = [json.loads(line) for line in b"".join(lines).splitlines()]
+        assert not [event for event in events if event["type"] == "error"], events
+        return "".join(event["text"] for event in events if event["type"] == "stdout")
 
     def round(self) -> None:
         """Each step once; short ones more often."""
@@ -110,6 +136,7 @@ class Side:
         path = f"/files?path={self.directory}/blob"
         for _ in range(CALLS):
             self.time(PROXIED, USER_PORT, "GET", "/10")
+        self.samples.setdefault(INSIDE, []).extend(json.loads(self.run(FROM_INSIDE)))
         self.time(UP, ENVD_PORT, "POST", path, blob, **{"Content-Type": "application/octet-stream"})
         self.time(DOWN, ENVD_PORT, "GET", path)
         self.time(USER_UP, USER_PORT, "POST", "/0", blob)
@@ -251,14 +278,14 @@ def p95(samples: list[float]) -> float:
 
 
 def show(results: dict[str, Samples], console: Console) -> None:
-    table = Table(title="through engine and tunnel, beside the same on the bare host", title_justify="left")
-    for column in ("step", "sandbox p50", "p95", "bare p50", "p95", "ratio of p50", "sandbox"):
-        table.add_column(column, justify="left" if column == "step" else "right")
+    table = Table(title="through engine and tunnel, beside the same on the bare host, ms", title_justify="left")
+    for column in ("step", "sandbox p50", "p95", "bare p50", "p95", "ratio", "MB/s"):
+        table.add_column(column, justify="left" if column == "step" else "right", no_wrap=column == "step")
     for step, ours in sorted(results["sandbox"].items(), key=lambda row: "MB" in row[0]):
         bare = results["bare"][step]
         middle, bare_middle = statistics.median(ours), statistics.median(bare)
-        figures = (f"{1000 * figure:.1f} ms" for figure in (middle, p95(ours), bare_middle, p95(bare)))
-        rate = f"{SIZE / MB / middle:.0f} MB/s" if "MB" in step else ""
+        figures = (f"{1000 * figure:.1f}" for figure in (middle, p95(ours), bare_middle, p95(bare)))
+        rate = f"{SIZE / MB / middle:.0f}" if "MB" in step else ""
         table.add_row(step, *figures, f"{middle / bare_middle:.2f}", rate)
     console.print(table)
     who = "root" if os.geteuid() == 0 else "ordinary user"

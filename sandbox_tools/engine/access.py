@@ -5,13 +5,18 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sandbox_tools.models import ENVD_PORT, INTERPRETER_PORT
 
-INTERNAL = frozenset(("/init", "/reboot"))
-"""How the engine itself speaks with a guest: from outside there are no such routes."""
+# How the engine itself speaks with a guest: from outside there are no such routes. Routers are lenient about the end
+# of a path (a regular expression's `$` matches before a line end): so is this.
+_INTERNAL = re.compile(r"/(init|reboot)[/\s]*")
+
+# What E2B's SDKs ask of the interpreter without the sandbox's token. All else needs it, however it is spelt.
+_OPEN = re.compile(r"/(health|contexts(/.*)?)", re.DOTALL)
 
 _UNAUTHORIZED = "unauthorized access, please provide a valid access token or method signing if supported"
 
@@ -30,7 +35,7 @@ class Keys:
 
     token: str
     secure: bool
-    """Whether envd and `/execute` demand the token; one that is wrong is refused in any case."""
+    """Whether envd and the interpreter demand the token; one that is wrong is refused in any case."""
     traffic_token: str | None = None
     """What every port but envd's demands. None: they are public."""
 
@@ -93,7 +98,7 @@ def refusal(
         now: Unix seconds.
     """
     if port == ENVD_PORT:
-        if path.rstrip("/") in INTERNAL:
+        if _INTERNAL.fullmatch(path):
             return Refusal(status=404, message="not found")
         return _envd_refusal(keys, method, path, headers.get("x-access-token"), arguments, now)
 
@@ -104,7 +109,7 @@ def refusal(
         )
 
     if port == INTERPRETER_PORT:
-        return _token_refusal(keys, headers.get("x-access-token"), needed=path.rstrip("/") == "/execute")
+        return _token_refusal(keys, headers.get("x-access-token"), needed=not _OPEN.fullmatch(path))
     return None
 
 

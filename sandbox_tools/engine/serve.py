@@ -206,7 +206,10 @@ async def _keep_certified(listeners: Sequence[Listener]) -> None:
         await asyncio.sleep(_RENEWAL)
         for listener in listeners:
             if listener.certificates is not None:
-                listener.certificates.renew(datetime.now(UTC))
+                try:
+                    listener.certificates.renew(datetime.now(UTC))
+                except OSError as error:
+                    log.error("The certificate could not be renewed, which is tried again: %s", error)
 
 
 async def _prepare(state: Path, engine: Engine, memory_mb: int, max_sandboxes: int | None) -> Supervisor:

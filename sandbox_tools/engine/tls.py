@@ -67,10 +67,10 @@ class Certificates:
         if self.end - now > RENEWED:
             return False
 
-        self.end = now + VALID
         # In force since long ago: a client's clock may be behind.
-        leaf = self._ca.issue_cert(*self._names, organization_name=_OWNER, not_after=self.end)
+        leaf = self._ca.issue_cert(*self._names, organization_name=_OWNER, not_after=now + VALID)
         leaf.configure_cert(self.context)
+        self.end = now + VALID
         return True
 
 

@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 TEMPLATE_NAMES = frozenset({"base", DEFAULT_TEMPLATE})
 
+_TEMPLATE_TAGS = frozenset({"default", "latest"})
+
 
 class Transitions:
     """Everything that changes what a sandbox is doing.
@@ -87,10 +89,11 @@ class Transitions:
 
     async def create(self, request: NewSandbox, timeout: int, mark: IdempotencyMark | None) -> Entry:
         reference = normalised(request.template_id, "create")
-        if reference.partition(":")[0] in TEMPLATE_NAMES:
+        name, _, tag = reference.partition(":")
+        if name in TEMPLATE_NAMES and tag in _TEMPLATE_TAGS:
             template = self._template
             origin = Origin(
-                name=reference.partition(":")[0],
+                name=name,
                 template=template.id,
                 runsc=template.runsc.name,
                 memory_mb=template.memory_mb,

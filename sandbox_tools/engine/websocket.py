@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
@@ -21,6 +22,9 @@ from sandbox_tools.guest.transport import Relay, StreamTransport, break_off
 if TYPE_CHECKING:
     import uvicorn
     from uvicorn.server import ServerState
+
+
+log = logging.getLogger(__name__)
 
 
 class WebSocketProtocol(Relay):
@@ -57,7 +61,7 @@ class WebSocketProtocol(Relay):
         elif self._answering is None:
             self._answering = asyncio.create_task(self._answer(data))
             self._state.tasks.add(self._answering)
-            self._answering.add_done_callback(self._state.tasks.discard)
+            self._answering.add_done_callback(self._answered)
         else:
             # Nothing is to be sent before the handshake is answered (RFC 6455 section 4.1), and little is put up with.
             self._early += data
@@ -81,6 +85,12 @@ class WebSocketProtocol(Relay):
         """The engine stops: sandboxes are paused, and connections to them break."""
         if self._transport is not None:
             break_off(self._transport)
+
+    def _answered(self, answering: asyncio.Task[None]) -> None:
+        self._state.tasks.discard(answering)
+        if not answering.cancelled() and (error := answering.exception()) is not None:
+            log.error("A WebSocket's handshake failed", exc_info=error)
+            self.shutdown()
 
     async def _answer(self, head: bytes) -> None:
         client = self._transport

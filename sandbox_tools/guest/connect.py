@@ -122,14 +122,13 @@ def unary(handler: Unary) -> Method:
     return Method(respond)
 
 
-def server_stream(handler: ServerStream, *, keepalive: Message | None = None, deadline: bool = True) -> Method:
+def server_stream(handler: ServerStream, *, keepalive: Message | None = None) -> Method:
     """One message in, a stream out. The handler is closed at the call's deadline, and when the caller leaves.
 
     A handler that yields bytes has put its messages into envelopes itself; they go out as they are, in one piece.
 
     Args:
         keepalive: The message to send when there was none for as long as the caller says. None: none is sent.
-        deadline: False: the handler sees to the deadline itself.
     """
 
     async def respond(request: Request) -> Response:
@@ -145,7 +144,7 @@ def server_stream(handler: ServerStream, *, keepalive: Message | None = None, de
         except Exception as error:
             return Response(end(_words(error)), media_type=STREAM)
 
-        return _Stream(handler(call), call, keepalive, timeout if deadline else None)
+        return _Stream(handler(call), call, keepalive)
 
     return Method(respond)
 
@@ -179,15 +178,13 @@ class _Stream(Response):
 
     media_type = STREAM
 
-    def __init__(
-        self, messages: AsyncIterator[Message | bytes], call: Call, keepalive: Message | None, timeout: float | None
-    ) -> None:
+    def __init__(self, messages: AsyncIterator[Message | bytes], call: Call, keepalive: Message | None) -> None:
         super().__init__()
         del self.headers["content-length"]
         self._messages = messages
         self._interval = call.keepalive if keepalive is not None else None
         self._keepalive = envelope(keepalive or {})
-        self._timeout = timeout
+        self._timeout = call.timeout
         self._written = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

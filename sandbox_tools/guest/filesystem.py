@@ -87,7 +87,8 @@ async def _move(call: Call) -> dict[str, Any]:
                 message = f"directory {shown(source)} cannot be moved into itself, to {shown(destination)}"
                 raise RpcError("invalid_argument", message) from None
             else:
-                raise
+                why = refusal(error, destination)
+                raise RpcError(why.code, f"path {shown(source)} cannot be moved: {why.message}") from error
         return {"entry": entry(destination, Names())}
 
 
@@ -229,7 +230,7 @@ async def _run(*command: str) -> None:
 
     if process.returncode:
         lines = said.decode(errors="replace").strip().splitlines() or [f"{command[0]} failed"]
-        raise RpcError("failed_precondition", f"{lines[-1]}. Put that right and try again.")
+        raise RpcError("failed_precondition", f"{lines[0]}. Put that right and try again.")
 
 
 def _path(call: Call, field: str = "path") -> Path:

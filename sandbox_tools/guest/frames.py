@@ -29,8 +29,8 @@ RESYNC = bytes(HEADER.size + MAX_PAYLOAD)
 PIPE_SIZE = 1 << 20
 """Bytes a pipe should hold, if its owner may: larger saves wake-ups."""
 
-# What is read in one go.
-_READ_SIZE = 1 << 20
+# What is read in one go: each end holds room for it, for each sandbox.
+_READ_SIZE = 1 << 19
 
 _NOT_NOP = re.compile(rb"[^\0]")
 

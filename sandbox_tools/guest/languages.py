@@ -23,7 +23,7 @@ CONNECTION_FILE = "{connection_file}"
 
 ALIASES = {"py": "python", "python3": "python", "js": "javascript", "ts": "typescript", "sh": "bash"}
 
-FROM_STDIN = "import sys; sys.path.remove(''); exec(compile(sys.stdin.read(), '<sandbox>', 'exec'))"
+FROM_STDIN = "import sys; sys.path = [*filter(None, sys.path)]; exec(compile(sys.stdin.read(), '<sandbox>', 'exec'))"
 """A program that reads itself: the kernel's user can't read the guest's files, and no directory is put in its path."""
 
 LOAD = """\

@@ -180,11 +180,15 @@ class Process:
         self._watch(output, not length and not self._slow)
         if length:
             output.resting = True
-            self._loop.call_later(REST if length < READ_SIZE else 0, self._look_again, output)
+            more = length == READ_SIZE and bool(self._readers)
+            self._loop.call_later(0 if more else REST, self._look_again, output)
 
     def _look_again(self, output: Output) -> None:
         output.resting = False
-        self.resume()
+        if self.end is None:
+            self.resume()
+        elif output.fd >= 0:
+            self._look(output)
 
     def _watch(self, output: Output, wanted: bool) -> None:
         if wanted and not output.watched:
@@ -253,9 +257,9 @@ class Process:
         for output in self._outputs:
             if self.command.size is not None:
                 output.close()
-            elif output.fd >= 0:
+            elif output.fd >= 0 and not output.resting:
                 # Who writes on in the background would be killed by a closed pipe.
-                self._loop.add_reader(output.fd, self._pass_on, output)
+                self._watch(output, True)
 
     async def _expire(self, seconds: float) -> None:
         await awake(seconds)

@@ -38,6 +38,8 @@ _TABLE: dict[int, tuple[int, str, str]] = {
     errno.ENODEV: (400, "invalid_argument", "path {} is not a regular file"),
     errno.EOPNOTSUPP: (400, "invalid_argument", "path {} is on a file system that has no such thing"),
     errno.E2BIG: (400, "invalid_argument", "path {}: this is more metadata than its file system holds"),
+    # Of files that are none, such as /proc/self/mem.
+    errno.EIO: (400, "failed_precondition", "path {} cannot be read or written"),
     errno.EXDEV: (409, "failed_precondition", "path {} is on another file system"),
     errno.EBUSY: (409, "failed_precondition", "path {} is in use by the system"),
     errno.ETXTBSY: (409, "failed_precondition", "path {} is a program that runs"),

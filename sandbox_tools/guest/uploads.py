@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from sandbox_tools.guest.accounts import Account
 
 UNFINISHED = ".upload-"
-"""How the name of a file begins that is still being uploaded; it lies beside its place, on the same file system."""
+"""How the name of a file begins that is still being uploaded; it lies beside its place, on the same file system.
+
+Nothing but the death of the guest itself leaves one behind; it may be removed then.
+"""
 
 REPLACING = f"{UNFINISHED}over-"
 """The same, where another file is in its place already."""
@@ -46,6 +49,8 @@ class BadBodyError(ValueError):
 
 class Incoming:
     """One file that is being written; `finish` puts it in its place, `abandon` leaves no trace of it.
+
+    It is a new file under the old name: whoever has the old one open, or another name of it, keeps the old content.
 
     Args:
         path: Where it goes; where that is a symbolic link, what it leads to.

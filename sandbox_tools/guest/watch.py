@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import stat
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +38,10 @@ _KINDS = (
 _MASK = sum(mask for mask, _ in _KINDS) | flags.ONLYDIR
 
 _READ_SIZE = 1 << 16
+
+
+# The library looks for libc at its first use, with a process of its own: at a guest's start, and not in a call.
+INotify().close()
 
 
 class EventsLostError(Exception):
@@ -132,7 +135,7 @@ class Watch:
             for _ in self._descend("."):
                 pass
 
-    def _descend(self, top: str) -> Iterator[tuple[str, os.stat_result]]:
+    def _descend(self, top: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
         """Watches the directories below a watched one; yields all that is in there, by its name relative to the root.
 
         A directory is watched before it is read: what comes into it in between is seen twice, but never missed.
@@ -140,16 +143,15 @@ class Watch:
         waiting = [top]
         while waiting:
             directory = waiting.pop()
-            for name, info in self._entries(directory):
-                if stat.S_ISDIR(info.st_mode) and self._add(name):
+            for name, found in self._entries(directory):
+                if _is_directory(found) and self._add(name):
                     waiting.append(name)
-                yield name, info
+                yield name, found
 
-    def _entries(self, directory: str) -> Iterator[tuple[str, os.stat_result]]:
-        with contextlib.suppress(OSError), os.scandir(self.path / directory) as found:  # gone again, or not to be read
-            for each in found:
-                with contextlib.suppress(OSError):
-                    yield os.path.normpath(f"{directory}/{each.name}"), each.stat(follow_symlinks=False)
+    def _entries(self, directory: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
+        with contextlib.suppress(OSError), os.scandir(self.path / directory) as entries:  # gone, or not to be read
+            for each in entries:
+                yield os.path.normpath(f"{directory}/{each.name}"), each
 
     def _add(self, name: str) -> bool:
         """Watches a directory below the root. False: it is gone again, or not to be watched."""
@@ -214,12 +216,11 @@ class Watch:
 
         if not self._add(name):
             return
-        for found, info in self._descend(name):
-            self._announced.add(found)
-            self._put(found, CREATE)
-            # Nobody has seen it being written, but it has been.
-            if stat.S_ISREG(info.st_mode) and info.st_size:
-                self._put(found, WRITE)
+        for below, found in self._descend(name):
+            self._announced.add(below)
+            self._put(below, CREATE)
+            if _has_content(found):  # nobody has seen it being written, but it has been
+                self._put(below, WRITE)
 
     def _rename(self, old: str, new: str) -> None:
         for number, name in self._directories.items():
@@ -253,3 +254,17 @@ class Watch:
         self._queue.clear()
         self._lost = True
         self._more.set()
+
+
+def _is_directory(found: os.DirEntry[str]) -> bool:
+    try:
+        return found.is_dir(follow_symlinks=False)
+    except OSError:
+        return False
+
+
+def _has_content(found: os.DirEntry[str]) -> bool:
+    try:
+        return found.is_file(follow_symlinks=False) and found.stat(follow_symlinks=False).st_size > 0
+    except OSError:
+        return False

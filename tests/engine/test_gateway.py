@@ -266,6 +266,7 @@ def test_envd_and_the_interpreter_ask_for_the_sandboxs_token_and_hear_it(box: Bo
         for token in ({}, {"X-Access-Token": "wrong"}, {"X-Access-Token": box.token[:-1]}):
             assert http.get("/envs", headers=to(box, 49983) | token).status_code == 401
             assert http.post("/execute", json=code, headers=to(box, 49999) | token).status_code == 401
+        assert http.post("/execute%0A", json=code, headers=to(box, 49999)).status_code == 401
         assert http.get("/envs", headers=to(box, 49983) | {"X-Access-Token": box.token}).status_code == 200
         assert http.get("/health", headers=to(box, 49983)).status_code == 204
         assert http.get("/contexts", headers=to(box, 49999)).status_code == 200
@@ -296,7 +297,7 @@ def test_a_user_name_that_is_an_address_does_not_reach_the_server_inside(box: Bo
 def test_how_the_engine_speaks_with_its_guest_is_not_to_be_reached(box: Box) -> None:
     headers = to(box, 49983) | {"X-Access-Token": box.token}
     with box.engine.http() as http:
-        for path in ("/init", "/init/", "/%69nit", "/reboot"):
+        for path in ("/init", "/init/", "/%69nit", "/init%0A", "/reboot"):
             assert http.post(path, json={"accessToken": "mine"}, headers=headers).status_code == 404
         assert http.get("/envs", headers=headers).status_code == 200
 

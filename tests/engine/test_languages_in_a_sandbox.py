@@ -69,7 +69,7 @@ def test_leaving_code_interrupts_it_and_keeps_the_variables(
         ("bash", "exec python3 -c 'b = bytearray(4 << 30)'", "ContextRestarting"),
         ("bash", "python3 -c 'b = bytearray(4 << 30)'", "ExitCode"),
         ("javascript", "const all = []; for (;;) all.push(new Array(1e6).fill(0.5))", "ContextRestarting"),
-        ("javascript", "Array.from({length: 40}, () => new Uint8Array(1e8).fill(1)).length", "RangeError"),
+        ("javascript", "new Uint8Array(3e9).length", "RangeError"),
     ],
 )
 def test_code_that_wants_too_much_memory_fails_and_the_sandbox_lives(

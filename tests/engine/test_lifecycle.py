@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -9,6 +11,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.engine.inside import EngineInside, engine_inside
@@ -126,6 +129,33 @@ def test_the_timeout_of_one_that_asked_for_it_keeps_files_only(engine: EnginePro
     box.post("connect", timeout=600)
     assert box.value(LEFT) == REBOOTED
     box.kill()
+
+
+@pytest.mark.parametrize("seconds", [0.05, 0.3, 0.8])
+@pytest.mark.parametrize("verb", ["pause", "connect"])
+def test_an_engine_killed_while_memory_is_dropped_loses_no_file(
+    own_engine: EngineProcess, verb: str, seconds: float
+) -> None:
+    box = own_engine.create()
+    box.run("open('/home/user/file', 'w').write('there')")
+    if verb == "connect":
+        box.post("pause")
+
+    def ask() -> None:
+        with contextlib.suppress(httpx.TransportError):  # the engine dies under the request
+            box.post(verb, memory=False, timeout=600)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    threading.Event().wait(seconds)
+    own_engine.kill()
+    asking.join()
+    own_engine.start()
+
+    answer = box.post("connect", timeout=600)
+    assert answer.status_code in (200, 201), answer.text
+    assert box.value("open('/home/user/file').read()") == "there"
+    assert len(own_engine.containers()) == 1
 
 
 def test_settings_that_contradict_each_other_are_refused(engine: EngineProcess) -> None:
@@ -256,6 +286,27 @@ def test_only_so_many_run_at_a_time_and_what_is_paused_does_not_count(two: Engin
     third.kill()
     assert first.post("connect", timeout=60).status_code == 201
     assert second.info()["state"] == "running"
+
+
+def test_a_record_of_an_earlier_version_is_still_a_sandbox(own_engine: EngineProcess) -> None:
+    box = own_engine.create(timeout=100, metadata={"owner": "ann"})
+    box.run("kept = 'yes'")
+    box.post("pause")
+    own_engine.kill()
+    path = own_engine.state / "sandboxes" / box.id / "record.json"
+    old = (
+        "id template template_name runsc state run snapshot snapshot_bytes started_at end_at auto_pause auto_resume"
+        " secure token memory_mb metadata"
+    )
+    path.write_text(
+        json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name in old.split()})
+    )
+    own_engine.start()
+
+    info = box.info()
+    assert (info["state"], info["pauseMode"], info["metadata"]) == ("paused", "full", {"owner": "ann"})
+    assert box.post("connect", timeout=600).status_code == 201
+    assert box.value("kept") == "yes"
 
 
 def create_v2(engine: EngineProcess, key: str, **body: object) -> tuple[int, dict[str, Any]]:

@@ -43,11 +43,14 @@ ALWAYS = [
     response_headers_conformance,
 ]
 
-# Of requests that break the description, and of those that nothing was changed of.
-AS_GENERATED = [*ALWAYS, negative_data_rejection, unsupported_method, ignored_auth]
+# Of those that nothing was changed of.
+AS_GENERATED = [*ALWAYS, unsupported_method, ignored_auth]
 
-# Cases of each kind for each operation.
-FEW, MANY = 2, 30
+# Of bodies that break the description. Queries may hold what is not in it: it is passed over.
+BROKEN = [*AS_GENERATED, negative_data_rejection]
+
+# Cases of each kind for each operation: fewer of those that restore a sandbox, which takes its time.
+FEW, SOME, MANY = 2, 6, 30
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +140,8 @@ def _exercise(schema: Any, engine: EngineInside, name: str, examples: int) -> in
     def broken(case: Any) -> None:
         nonlocal sent
         sent += 1
-        case.call_and_validate(headers={"X-API-KEY": KEY}, timeout=PATIENCE, checks=AS_GENERATED)
+        checks = BROKEN if operation.body else AS_GENERATED
+        case.call_and_validate(headers={"X-API-KEY": KEY}, timeout=PATIENCE, checks=checks)
 
     sensible()
     if operation.body or list(operation.iter_parameters()):
@@ -164,13 +168,14 @@ def _make_real(case: Any, living: Living, about: str) -> bool:
     return changed
 
 
+ACTING = {operation.name for operation in controls.OPERATIONS}
 NAMES = sorted(operation.name for operation in OPERATIONS)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_generated_requests_are_answered_as_the_description_says(schema: Any, served: EngineInside, name: str) -> None:
     """No 5xx, no status that is not in the description, no body that does not conform."""
-    _exercise(schema, served, name, FEW)
+    _exercise(schema, served, name, FEW if name in ACTING else SOME)
 
 
 @pytest.mark.soak

@@ -205,7 +205,14 @@ def test_what_needs_no_token_needs_none() -> None:
     assert enter(asked("/files"), secure=False) is None
 
 
-@pytest.mark.parametrize("path", ["/init", "/init/", "/reboot"])
+@pytest.mark.parametrize("path", ["/execute", "/execute/", "/execute\n", "/", "/contextsx", "/health\n"])
+def test_no_spelling_of_a_path_gets_around_the_token(path: str) -> None:
+    """A router may take `/execute` and a line end for `/execute`."""
+    assert status(enter(asked(path), port=INTERPRETER_PORT)) == 401
+    assert status(enter(asked(path), port=ENVD_PORT)) == 401
+
+
+@pytest.mark.parametrize("path", ["/init", "/init/", "/init\n", "/reboot", "/reboot/\n"])
 def test_how_the_engine_speaks_with_its_guest_is_nobody_elses(path: str) -> None:
     assert status(enter(asked(path, method="POST", x_access_token=TOKENS["i1"]))) == 404
     assert enter(asked(path), port=8000) is None
@@ -213,9 +220,11 @@ def test_how_the_engine_speaks_with_its_guest_is_nobody_elses(path: str) -> None
 
 def test_a_traffic_token_guards_every_port_but_envds() -> None:
     for port in (8000, INTERPRETER_PORT):
-        assert status(enter(asked("/"), port=port, traffic_token="secret")) == 403
-        assert status(enter(asked("/", e2b_traffic_access_token="no"), port=port, traffic_token="secret")) == 403
-        assert enter(asked("/", e2b_traffic_access_token="secret"), port=port, traffic_token="secret") is None
+        assert status(enter(asked("/contexts"), port=port, traffic_token="secret")) == 403
+        assert (
+            status(enter(asked("/contexts", e2b_traffic_access_token="no"), port=port, traffic_token="secret")) == 403
+        )
+        assert enter(asked("/contexts", e2b_traffic_access_token="secret"), port=port, traffic_token="secret") is None
     assert enter(asked("/files", x_access_token=TOKENS["i1"]), traffic_token="secret") is None
 
 

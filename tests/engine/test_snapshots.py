@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
 
+from tests.conftest import own_state
 from tests.machine import Box, EngineProcess
 
 
@@ -194,6 +197,37 @@ def test_a_caller_who_leaves_and_a_kill_in_between_leave_nothing_of_a_fork(own_e
     for row in rows:
         with own_engine.http() as http:
             assert http.delete(f"/sandboxes/{row['sandboxID']}").status_code == 204
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: mounts a file system")
+def test_a_full_disk_fails_a_snapshot_and_a_fork_and_the_sandbox_goes_on_undisturbed(templates: Path) -> None:
+    with own_state() as state:
+        for name in ("saved", "snapshots"):
+            (state / name).mkdir()
+        small = "".join(f"mount -t tmpfs -o size=24m none {state / name} && " for name in ("saved", "snapshots"))
+        engine = EngineProcess(state, prefix=("unshare", "--mount", "sh", "-c", f'{small}exec "$@"', "sh")).start()
+        try:
+            box = engine.create()
+            pid = box.value("import os; kept = 'yes'; open('/tmp/file', 'w').write('there'); os.getpid()")
+            with box.stream("import time\nfor n in range(60): print(n, flush=True); time.sleep(0.1)") as events:
+                next(events)
+                for verb in ("snapshots", "fork", "snapshots"):
+                    answer = box.post(verb)
+                    assert answer.status_code == 500, answer.text
+                    assert "no space" in answer.json()["message"].lower()
+                assert "59\n" in "".join(event.get("text", "") for event in events)
+            assert box.value("kept, os.getpid()") == f"('yes', {pid})"
+            assert snapshots(engine) == []
+
+            # Its memory was to go and is gone; that it could not be paused is said, and its files are there.
+            answer = box.post("pause", memory=False)
+            assert answer.status_code == 500
+            assert "goes on running" in answer.json()["message"]
+            assert box.value("open('/tmp/file').read()") == "there"
+            assert box.kill() == 204
+        finally:
+            engine.stop()
+        assert engine.containers() == []
 
 
 def _ask(box: Box, verb: str) -> None:

@@ -25,6 +25,8 @@ from sandbox_tools.guest.settings import Settings
 from tests.guest.conftest import served
 from tests.rpc import STREAM, Envelopes, Followed, bash, basic
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
 PATIENCE = 60
 
 
@@ -85,7 +87,11 @@ class Stream:
     async def until(self, enough: Callable[[Followed], object]) -> Followed:
         """What was seen once it is enough."""
         while not enough(self.seen):
-            self.seen.take(self._envelopes.feed(await anext(self._bytes)))
+            try:
+                self.seen.take(self._envelopes.feed(await anext(self._bytes)))
+            except (httpx.ReadTimeout, TimeoutError) as error:
+                msg = f"nothing more came after {self.seen!r:.2000}"
+                raise AssertionError(msg) from error
         return self.seen
 
     async def pid(self) -> int:
@@ -99,17 +105,24 @@ class Stream:
         return await self.until(lambda seen: seen.closed)
 
 
-@pytest_asyncio.fixture
-async def caller(tmp_path: Path) -> AsyncIterator[Caller]:
-    """A fresh guest, without its interpreter."""
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Caller]:
+    """One guest, without its interpreter, for all tests of this module."""
     settings, processes = Settings(), Processes()
-    async with served(envd.create_app(settings, processes), tmp_path / "http.sock") as http:
-        try:
-            yield Caller(http, settings, processes)
-        finally:
-            processes.kill()
-            for process in processes:
-                await asyncio.wait_for(process.ended.wait(), PATIENCE)
+    async with served(envd.create_app(settings, processes), tmp_path_factory.mktemp("guest") / "http.sock") as http:
+        yield Caller(http, settings, processes)
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def caller(shared: Caller) -> AsyncIterator[Caller]:
+    """The guest, with nothing in it from other tests."""
+    shared.settings.init(env_vars={})
+    try:
+        yield shared
+    finally:
+        shared.processes.kill()
+        for process in shared.processes:
+            await asyncio.wait_for(process.ended.wait(), PATIENCE)
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -160,7 +173,7 @@ async def test_an_end_is_told_as_go_prints_it(caller: Caller, script: str, end: 
         (signal.SIGHUP, "hangup"),
     ],
 )
-def test_signals_have_gos_names(number: int, name: str) -> None:
+async def test_signals_have_gos_names(number: int, name: str) -> None:
     assert processes._signal_name(number) == name
 
 
@@ -359,6 +372,7 @@ async def test_the_deadline_of_a_reader_kills_nothing(caller: Caller) -> None:
         assert (await stream.rest()).stdout == b"alive\n"
 
 
+@pytest.mark.asyncio(loop_scope="function")  # what else is in the loop would be lost in time
 async def test_time_that_the_sandbox_sleeps_is_not_time_that_a_process_had(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pause of days, which the clock shows afterwards, counts as two ticks at most."""
     loop = asyncio.get_running_loop()
@@ -534,7 +548,7 @@ async def test_an_unknown_user_is_unauthenticated(caller: Caller) -> None:
 
 
 TERMINAL = {
-    "process": {"cmd": "/bin/bash", "args": ["--norc", "-i"], "envs": {"TERM": "xterm-256color", "PS1": "$ "}},
+    "process": {"cmd": "/bin/bash", "args": ["--norc", "-i"], "envs": {"TERM": "xterm-256color", "PS1": "[\\#] "}},
     "pty": {"size": {"cols": 91, "rows": 33}},
 }
 
@@ -549,11 +563,12 @@ async def test_a_terminal_is_a_real_one(caller: Caller) -> None:
         await caller.type(pid, "stty size; echo $((x * 2))\n", "pty")
         await stream.until(lambda seen: b"20 40" in seen.pty and b"42" in seen.pty)
         # The keyboard's interrupt reaches the foreground alone.
-        await caller.type(pid, "sleep 1000\n", "pty")
-        await stream.until(lambda seen: b"sleep 1000" in seen.pty)
+        await caller.type(pid, "sh -c 'echo go\"\"ing; sleep 1000'\n", "pty")
+        await stream.until(lambda seen: b"going" in seen.pty)
         await caller.type(pid, "\x03", "pty")
         assert (await caller.call("CloseStdin", {"process": {"pid": pid}}))[1]["code"] == "failed_precondition"
-        await caller.type(pid, "\x15exit 6\n", "pty")
+        await stream.until(lambda seen: b"[4] " in seen.pty)  # the prompt for the fourth command
+        await caller.type(pid, "exit 6\n", "pty")
         seen = await stream.rest()
 
     assert (seen.end or {})["exitCode"] == 6
