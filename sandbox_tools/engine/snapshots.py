@@ -10,7 +10,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sandbox_tools.errors import EngineError
 
-FORMAT = 1
+FORMAT = 2
+"""Raised when an engine can no longer speak with the guests in older images. 2: larger frames in the tunnel."""
+
 MANIFEST = "manifest.json"
 DESCRIPTION = "snapshot.json"
 """What a snapshot that users know by name or id says of itself; those that sandboxes sleep in have none."""

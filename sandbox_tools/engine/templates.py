@@ -90,7 +90,14 @@ async def prepare(
     guest = await asyncio.to_thread(_install_guest, templates / "guests")
 
     facts = {"root": root.name, "guest": guest.name, "runsc": runsc.name, "memory_mb": memory_mb}
-    ingredients = [_RECIPE, json.dumps(facts), cpu(), "root" if os.geteuid() == 0 else "user", str(templates)]
+    ingredients = [
+        _RECIPE,
+        str(snapshots.FORMAT),
+        json.dumps(facts),
+        cpu(),
+        "root" if os.geteuid() == 0 else "user",
+        str(templates),
+    ]
     template_id = hashlib.sha256("\0".join(ingredients).encode()).hexdigest()[:16]
     directory = templates / "images" / template_id
     if not directory.exists():

@@ -31,7 +31,7 @@ class StreamTransport(asyncio.Transport):
     """
 
     def __init__(self, stream: Stream, protocol: asyncio.Protocol, address: tuple[str, int] | None = None) -> None:
-        super().__init__({"sockname": address, "peername": address})
+        super().__init__({"sockname": address})
         self._stream = stream
         self._protocol = protocol
         self._loop = asyncio.get_running_loop()

@@ -132,6 +132,18 @@ def test_nobody_outside_tells_a_sandbox_whose_it_is(box: Box) -> None:
     assert box.value("1 + 1") == "2"
 
 
+def test_code_inside_cannot_give_its_sandbox_another_token(box: Box) -> None:
+    """With a token of its own choice it could act as root in there, and lock out the engine."""
+    inside = """
+import http.client, json
+connection = http.client.HTTPConnection('127.0.0.1', 49983)
+connection.request('POST', '/init', json.dumps({'accessToken': 'mine'}))
+connection.getresponse().status
+"""
+    assert box.value(inside) == "401"
+    assert box.value("1 + 1") == "2"
+
+
 def test_a_port_nobody_listens_on_and_a_sandbox_that_sleeps_are_told_apart(box: Box) -> None:
     """PROTOCOL.md section 3.5: the two bodies that E2B's SDKs look into."""
     headers = {**box.headers, "E2b-Sandbox-Port": "1234"}
