@@ -82,6 +82,8 @@ def run(
             none. None: never.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    # A stream that a pause or a kill breaks is broken on purpose, and no fault of the server's.
+    logging.getLogger("uvicorn.error").addFilter(lambda record: "without completing response" not in str(record.msg))
     try:
         with _sole_engine(state_dir):
             engine = Engine()
