@@ -16,8 +16,9 @@ chat: setup  ## The same with a real chat model, where the environment has a key
 test: setup  ## All tests, against the real engine; ARGS='-k name' passes options to pytest
 	@$(BIN)/python -m pytest --cov --cov-report=term $(ARGS); code=$$?; echo $$code >$(VENV)/pytest-exit-code; exit $$code
 
-bench: setup  ## Times beside bare runsc
+bench: setup  ## Times beside bare runsc, and what lies between a client and a sandbox beside a bare host
 	@$(BIN)/python benchmarks/engine.py
+	@$(BIN)/python benchmarks/traffic.py
 
 lint: $(VENV)/packages
 	@$(BIN)/ruff check .
