@@ -86,7 +86,7 @@ _PPIO = Spelling(
     gone="TimeoutException",
     cut_code="httpx.RemoteProtocolError",
     cut_command="httpcore.RemoteProtocolError",
-    has=_MODERN | {"accounts", "clone"},
+    has=_MODERN | {"accounts", "clone", "reset"},
     secret={"hosts": ["example.org"]},
 )
 # On its old domains the SDK refuses by itself what came later, a copy's own address is out of its reach, and sandboxes
@@ -101,7 +101,7 @@ _PPIO_LEGACY = Spelling(
     gone="TimeoutException",
     cut_code="httpx.RemoteProtocolError",
     cut_command="httpcore.RemoteProtocolError",
-    has=frozenset(("accounts", "clone")),
+    has=frozenset(("accounts", "clone", "reset")),
     secret={"hosts": ["example.org"]},
 )
 SPELLINGS = {"e2b": _E2B, "ppio": _PPIO, "ppio-legacy": _PPIO_LEGACY, "ucloud": _UCLOUD}

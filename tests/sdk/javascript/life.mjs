@@ -150,6 +150,10 @@ step('a_paused_sandbox_can_be_rebooted', async () => {
   assert.equal(await sandbox.kill(), true)
 })
 
+step('a_sandbox_can_be_reset', () => {
+  throw new Absent("e2b can't reset")
+})
+
 step('a_timeout_pauses_where_that_was_asked_for', async () => {
   const asleep = await Sandbox.create({ timeoutMs: 300_000, lifecycle: { onTimeout: 'pause' } })
   await asleep.runCode("kept = 'over the timeout'")
@@ -226,6 +230,8 @@ step('what_only_a_cloud_has_is_refused_in_words', async (my) => {
   const template = e2b.Template().fromPythonImage('3')
   for (const call of [
     () => Sandbox.create({ volumeMounts: { '/mnt/data': 'a-volume' } }),
+    () => Sandbox.create({ mcp: { exa: { apiKey: 'a-key' } } }),
+    () => Sandbox.create({ iam: { tokens: { aws: e2b.Secret.iamToken({ audience: 'sts', tokenType: 'JWT-SVID' }) } } }),
     () => e2b.Volume.create('a-volume'),
     () => e2b.Secret.create('a-secret', 'its value'),
     () => e2b.Template.build(template, 'a-template'),
