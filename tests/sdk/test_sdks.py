@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.sdk import async_life, async_use, sync_life, sync_use
-from tests.sdk.conftest import SDKS, Scenario
+from tests.sdk.conftest import ROOT, SDKS, Scenario
 from tests.sdk.environments import HERE, JAVASCRIPT
 
 PROMISES = [*sync_use.step.names(), *sync_life.step.names()]
@@ -26,9 +26,13 @@ def test_every_sdk_is_asked_for_the_same() -> None:
 
 def test_each_line_of_what_is_supported_names_the_steps_that_show_it() -> None:
     lines = [line.split("|") for line in (HERE / "SUPPORT.md").read_text().splitlines() if line.startswith("|")]
-    shown = [re.findall(r"`(\w+)`", cells[-2]) for cells in lines if len(cells) == 9][2:]
+    supported = [cells for cells in lines if len(cells) == 9][2:]
+    shown = [re.findall(r"`(\w+)`", cells[-2]) for cells in supported]
     assert all(shown)
     assert {name for names in shown for name in names} <= set(PROMISES)
+
+    readme = (ROOT / "README.md").read_text().splitlines()
+    assert {"|".join(cells[:-2]) + "|" for cells in supported} <= set(readme)
 
 
 def _test_of(promise: str) -> Callable[[Scenario], None]:
