@@ -131,7 +131,7 @@ class Box:
             if answer.status_code == 502:
                 raise httpx.RemoteProtocolError(answer.read().decode())
             assert answer.status_code == 200, answer.read()
-            yield (json.loads(line) for line in answer.iter_lines())
+            yield _in_time(answer.iter_lines())
 
     def value(self, code: str, **more: Any) -> str:
         """The text of the last expression's value; the code must not raise."""
@@ -177,3 +177,11 @@ class Box:
                 return message
             time.sleep(0.05)
         raise AssertionError(answer.text)
+
+
+def _in_time(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+    """The events of a stream, whose keepalives would else let a test wait for ever."""
+    deadline = time.monotonic() + PATIENCE
+    for line in lines:
+        assert time.monotonic() < deadline, "The code does not come to its end."
+        yield json.loads(line)

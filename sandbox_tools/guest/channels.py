@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from zmq.constants import Flag, SocketType
+from zmq.constants import Flag, SocketOption, SocketType
 from zmq.error import Again
 from zmq.sugar.context import Context
 
@@ -59,7 +59,7 @@ class Channel:
         if kind == SocketType.SUB:
             self._socket.subscribe(b"")
         self._socket.connect(address)
-        self._loop.add_reader(self._socket.fileno(), self._wake)
+        self._loop.add_reader(self._socket.fileno(), self._on_news)
 
     def send(self, kind: str, content: Mapping[str, Any]) -> str:
         """Sends a request; returns its id."""
@@ -109,6 +109,14 @@ class Channel:
         self._discarding = False
         self._loop.remove_reader(self._socket.fileno())
         self._socket.close()
+
+    def _on_news(self) -> None:
+        if self._waiting is None and not self._discarding:
+            # The descriptor stays readable until somebody looks: the loop would spin for as long as code runs that
+            # something comes during which nobody waits for yet.
+            self._socket.getsockopt(SocketOption.EVENTS)
+        else:
+            self._wake()
 
     def _wake(self) -> None:
         if self._waiting is not None:

@@ -333,6 +333,7 @@ def _spawn(
             **account.environment(),
             **language.env,
             "IPYTHONDIR": str(launch.directory),  # else it litters the user's home
+            "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # else a debugger that is installed warns in the first output
             # In a sandbox nothing outlives the guest; elsewhere kernels look each second whether it is still there.
             **({"JPY_PARENT_PID": str(os.getpid())} if account.uid is None else {}),
             **(language.heap_limit(limit) if limit else {}),

@@ -177,6 +177,13 @@ async def test_leaving_an_execution_interrupts_it_and_keeps_the_variables(
     assert text(await outcome(guest, look, language=language)) == "1\n"
 
 
+async def test_a_line_of_javascript_is_seen_while_it_computes_however_soon_it_comes(guest: Guest) -> None:
+    """No timer fires while it does."""
+    await outcome(guest, "1", language="javascript")
+    async with guest.stream('console.log("seen"); while (true) {}', language="javascript") as events:
+        assert (await anext(event async for event in events if event["type"] == "stdout"))["text"] == "seen\n"
+
+
 async def test_javascript_that_waits_for_ever_is_killed_for_the_caller_after_the_next(
     guest: Guest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
