@@ -106,7 +106,8 @@ def every_error():
     while todo:
         cls = todo.pop()
         found.append(cls)
-        todo.extend(cls.__subclasses__())
+        # The engine's own never leave its process: what crosses the wire is a status of the tree.
+        todo.extend(each for each in cls.__subclasses__() if each.__module__ == errors.__name__)
     return found
 
 
