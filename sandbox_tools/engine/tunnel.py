@@ -20,10 +20,6 @@ ATTACH_SECONDS = 30.0
 """How long a guest may take to answer: milliseconds, unless a loaded machine is still paging it in."""
 
 
-class PortClosedError(ConnectionError):
-    """Raised when nothing inside the sandbox listens on the port."""
-
-
 def is_refusal(error: StreamResetError) -> bool:
     """Whether a stream was reset because nothing inside listens on its port."""
     return str(error).startswith("refused")
@@ -110,8 +106,7 @@ class Tunnel:
             os.close(self._fds.pop())
 
     def begin(self, port: int) -> Stream:
-        """A stream to a port inside that may be written to at once, before it is known
-        whether somebody listens.
+        """A stream to a port inside that may be written to at once, before it is known whether somebody listens.
 
         Raises:
             StreamResetError: The sandbox is going away.
@@ -120,26 +115,6 @@ class Tunnel:
             msg = "the tunnel is not attached"
             raise StreamResetError(msg)
         return self._mux.open(port)
-
-    async def open(self, port: int) -> Stream:
-        """A stream to a port inside, where somebody listens.
-
-        Raises:
-            PortClosedError: Nobody does.
-            StreamResetError: The sandbox is going away.
-        """
-        stream = self.begin(port)
-        try:
-            await stream.opened
-        except StreamResetError as error:
-            if is_refusal(error):
-                raise PortClosedError(str(error)) from None
-            raise
-        except asyncio.CancelledError:
-            stream.close("cancelled")
-            raise
-
-        return stream
 
     async def _write_all(self, data: bytes) -> None:
         while data:

@@ -19,6 +19,7 @@ from sandbox_tools.guest import tunnel as guest
 from sandbox_tools.guest.main import Server
 from sandbox_tools.guest.mux import WINDOW, StreamResetError
 from tests.conftest import own_state
+from tests.engine.test_tunnel import opened
 
 PORT = 49983
 
@@ -76,7 +77,7 @@ async def settle() -> None:
 async def test_a_service_in_the_guests_process_is_spoken_to_without_a_socket() -> None:
     service = Service()
     async with tunnel_to(lambda: service) as tunnel:
-        stream = await tunnel.open(PORT)
+        stream = await opened(tunnel, PORT)
         await stream.write(b"question")
         while service.heard != b"question":
             await asyncio.sleep(0)
@@ -89,7 +90,7 @@ async def test_a_service_in_the_guests_process_is_spoken_to_without_a_socket() -
 async def test_what_was_written_before_a_close_arrives_and_what_comes_after_is_dropped() -> None:
     service = Service()
     async with tunnel_to(lambda: service) as tunnel:
-        stream = await tunnel.open(PORT)
+        stream = await opened(tunnel, PORT)
         much = os.urandom(3 * WINDOW)
         service.transport.write(much)
         service.transport.close()
@@ -108,7 +109,7 @@ async def test_what_was_written_before_a_close_arrives_and_what_comes_after_is_d
 async def test_a_reader_that_stands_still_makes_the_service_stop_writing() -> None:
     service = Service()
     async with tunnel_to(lambda: service) as tunnel:
-        stream = await tunnel.open(PORT)
+        stream = await opened(tunnel, PORT)
         written = 0
         while service.writable:
             service.transport.write(bytes(1 << 16))
@@ -125,7 +126,7 @@ async def test_a_reader_that_stands_still_makes_the_service_stop_writing() -> No
 async def test_a_service_that_stands_still_makes_the_client_stop_writing() -> None:
     service = Service()
     async with tunnel_to(lambda: service) as tunnel:
-        stream = await tunnel.open(PORT)
+        stream = await opened(tunnel, PORT)
         service.transport.pause_reading()
         flood = asyncio.create_task(stream.write(bytes(8 * WINDOW)))
         await settle()
@@ -141,10 +142,10 @@ async def test_a_service_that_stands_still_makes_the_client_stop_writing() -> No
 async def test_a_client_that_breaks_off_and_a_service_that_does_are_both_noticed() -> None:
     services = [Service(), Service()]
     async with tunnel_to(iter(services).__next__) as tunnel:
-        (await tunnel.open(PORT)).close("the client went away")
+        (await opened(tunnel, PORT)).close("the client went away")
         assert isinstance(await services[0].lost, StreamResetError)
 
-        stream = await tunnel.open(PORT)
+        stream = await opened(tunnel, PORT)
         reading = asyncio.create_task(stream.read())
         services[1].transport.abort()
         assert await asyncio.gather(reading, return_exceptions=True) == [reading.exception()]
@@ -158,7 +159,7 @@ async def test_a_service_that_raises_loses_its_connection_and_no_other() -> None
 
     services = [Broken(), Service()]
     async with tunnel_to(iter(services).__next__) as tunnel:
-        broken, sound = await tunnel.open(PORT), await tunnel.open(PORT)
+        broken, sound = await opened(tunnel, PORT), await opened(tunnel, PORT)
         await broken.write(b"x")
         assert isinstance(await services[0].lost, StreamResetError)
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sandbox_tools.engine.tunnel import Pipes, PortClosedError, Tunnel
+from sandbox_tools.engine.tunnel import Pipes, Tunnel, is_refusal
 from sandbox_tools.guest import tunnel as guest
 from sandbox_tools.guest.frames import (
     DATA,
@@ -24,7 +24,7 @@ from sandbox_tools.guest.frames import (
     FrameReader,
     frame,
 )
-from sandbox_tools.guest.mux import WINDOW, Mux, StreamResetError
+from sandbox_tools.guest.mux import WINDOW, Mux, Stream, StreamResetError
 from tests.conftest import own_state
 
 frames = st.lists(st.tuples(st.integers(1, 7), st.integers(0, 2**32 - 1), st.binary(max_size=300)), max_size=12)
@@ -113,6 +113,13 @@ async def write_when_there_is_room(fd: int, data: bytes) -> None:
                 return
 
 
+async def opened(tunnel: Tunnel, port: int) -> Stream:
+    """A stream, once it is known that somebody listens."""
+    stream = tunnel.begin(port)
+    await stream.opened
+    return stream
+
+
 async def test_much_goes_through_many_streams_at_once_unharmed() -> None:
     with pipes() as made:
         async with guest_on(made), echo_server() as (port, _):
@@ -120,7 +127,7 @@ async def test_much_goes_through_many_streams_at_once_unharmed() -> None:
             await tunnel.attach()
 
             async def echo(payload: bytes) -> bytes:
-                stream = await tunnel.open(port)
+                stream = await opened(tunnel, port)
                 writing = asyncio.create_task(stream.write(payload))
                 received = b""
                 while len(received) < len(payload):
@@ -140,7 +147,7 @@ async def test_a_reader_that_stands_still_stops_its_own_writer_and_nobody_else()
         async with guest_on(made), echo_server() as (port, _):
             tunnel = Tunnel(made)
             await tunnel.attach()
-            slow, quick = await tunnel.open(port), await tunnel.open(port)
+            slow, quick = await opened(tunnel, port), await opened(tunnel, port)
             flood = asyncio.create_task(slow.write(b"x" * 64 * WINDOW))
 
             await quick.write(b"here")
@@ -161,7 +168,7 @@ async def test_a_guest_that_sends_more_than_its_window_is_cut_off() -> None:
         hostile = Mux(*fds, on_hello=lambda nonce: hostile.send(HELLO, payload=nonce))
         hostile.start()
         await tunnel.attach()
-        opening = asyncio.create_task(tunnel.open(80))
+        opening = asyncio.create_task(opened(tunnel, 80))
         for _ in range(2 + WINDOW // MAX_PAYLOAD):
             hostile.send(DATA, 1, bytes(MAX_PAYLOAD))
             await hostile.drain()
@@ -209,7 +216,7 @@ def test_whatever_a_hostile_guest_sends_ends_its_own_tunnel_at_most(pieces: list
                             piece = piece[os.write(stdout, piece) :]
                         await asyncio.sleep(0)
 
-                stream = await good.open(port)
+                stream = await opened(good, port)
                 await stream.write(b"untouched")
                 assert await stream.read() == b"untouched"
                 assert sum(stream.waiting for stream in streams) <= 3 * WINDOW
@@ -228,8 +235,9 @@ async def test_a_port_where_nobody_listens_is_said_to_be_closed() -> None:
         async with guest_on(made):
             tunnel = Tunnel(made)
             await tunnel.attach()
-            with pytest.raises(PortClosedError):
-                await tunnel.open(1)
+            with pytest.raises(StreamResetError) as refused:
+                await opened(tunnel, 1)
+            assert is_refusal(refused.value)
             tunnel.detach("done")
 
 
@@ -238,7 +246,7 @@ async def test_a_client_that_goes_away_breaks_the_connection_inside() -> None:
         async with guest_on(made), echo_server() as (port, endings):
             tunnel = Tunnel(made)
             await tunnel.attach()
-            stream = await tunnel.open(port)
+            stream = await opened(tunnel, port)
             await stream.write(b"hello")
             await stream.read()
 
@@ -257,7 +265,7 @@ async def test_a_second_engine_takes_the_guest_over_from_one_that_died_in_the_mi
         async with guest_on(made), echo_server() as (port, _):
             first = Tunnel(made)
             await first.attach()
-            stream = await first.open(port)
+            stream = await opened(first, port)
             # Far more than anybody reads: answers are under way when the engine dies.
             flood = asyncio.create_task(stream.write(b"x" * 8 * WINDOW))
             await stream.read()
@@ -271,7 +279,7 @@ async def test_a_second_engine_takes_the_guest_over_from_one_that_died_in_the_mi
 
             second = Tunnel(made)
             await second.attach()
-            stream = await second.open(port)
+            stream = await opened(second, port)
             await stream.write(b"still there?")
             assert await stream.read() == b"still there?"
             second.detach("done")
