@@ -137,7 +137,7 @@ class Service:
         process = self._find(call.message)
         if call.message.get("pty") is not None:
             try:
-                process.resize(*_size(_object(call.message, "pty")))
+                await process.resize(*_size(_object(call.message, "pty")))
             except (InputError, OSError) as error:
                 msg = f"error resizing the terminal of process {process.pid}: {error}"
                 raise RpcError("internal", msg) from error

@@ -23,6 +23,9 @@ one; were each of its writes passed on by itself, a busy process would cost many
 QUEUED = 512 << 10
 """Bytes, as they are sent, that wait for a reader before the process has to wait for it as well."""
 
+SETTLING = (0.02, 0.02, 0.04, 0.1, 0.2, 0.4)
+"""Seconds between the looks at whether a new size has stayed; a resize is answered about the first of them."""
+
 RETENTION = 30.0
 """Seconds, of the time that the sandbox is awake, in which the end of a process can still be asked for."""
 
@@ -105,6 +108,8 @@ class Process:
         self._popen, self.input, self._outputs = spawn(command, env)
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.Task[None] | None = None
+        self._settling: asyncio.Task[None] | None = None
+        self._former_sizes: set[tuple[int, int]] = set()
         self.ended = asyncio.Event()
         for output in self._outputs:
             self._watch(output, True)  # and not read at once: its first reader comes after this
@@ -131,8 +136,8 @@ class Process:
         """Kills it after that time."""
         self._timer = asyncio.create_task(self._expire(seconds))
 
-    def resize(self, rows: int, columns: int) -> None:
-        """Gives its terminal another size.
+    async def resize(self, rows: int, columns: int) -> None:
+        """Gives its terminal another size, and sees to it for a while that it keeps it.
 
         Raises:
             InputError: It has no terminal.
@@ -141,8 +146,13 @@ class Process:
             msg = "the process has no terminal"
             raise InputError(msg)
 
-        termios.tcsetwinsize(self._outputs[0].fd, (rows, columns))
-        self._signal_session(signal.SIGWINCH)
+        self._former_sizes.add(termios.tcgetwinsize(self._outputs[0].fd))
+        self._former_sizes.discard((rows, columns))
+        self._set_size(rows, columns)
+        if self._settling is not None:
+            self._settling.cancel()
+        self._settling = asyncio.create_task(self._settle(rows, columns))
+        await asyncio.sleep(SETTLING[0])
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[Reader]:
@@ -247,8 +257,9 @@ class Process:
         assert self._how is not None
         self.end = End.of(self._how)
         self.ended.set()
-        if self._timer is not None:
-            self._timer.cancel()
+        for task in (self._timer, self._settling):
+            if task is not None:
+                task.cancel()
         if self.input is not None:
             self.input.close()
         for reader in self._readers:
@@ -260,6 +271,24 @@ class Process:
             elif output.fd >= 0 and not output.resting:
                 # Who writes on in the background would be killed by a closed pipe.
                 self._watch(output, True)
+
+    def _set_size(self, rows: int, columns: int) -> None:
+        termios.tcsetwinsize(self._outputs[0].fd, (rows, columns))
+        self._signal_session(signal.SIGWINCH)
+
+    async def _settle(self, rows: int, columns: int) -> None:
+        """Sets the size again when a former one comes back.
+
+        Readline, when it takes the terminal over, reads its size and writes it back: what was set in between is lost.
+        """
+        for seconds in SETTLING:
+            await asyncio.sleep(seconds)
+            fd = self._outputs[0].fd
+            if fd < 0:
+                return
+            if termios.tcgetwinsize(fd) in self._former_sizes:
+                self._set_size(rows, columns)
+        self._former_sizes.clear()
 
     async def _expire(self, seconds: float) -> None:
         await awake(seconds)

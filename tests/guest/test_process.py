@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -573,6 +574,34 @@ async def test_a_terminal_is_a_real_one(caller: Caller) -> None:
 
     assert (seen.end or {})["exitCode"] == 6
     assert (seen.stdout, seen.stderr) == (b"", b"")
+
+
+READLINE = """
+from termios import tcgetwinsize, tcsetwinsize
+
+old = tcgetwinsize(0)
+print("read")
+while tcgetwinsize(0) == old:
+    pass
+tcsetwinsize(0, old)
+print("written back")
+while tcgetwinsize(0) == old:
+    pass
+print("then", *tcgetwinsize(0))
+"""
+"""What readline does to a terminal that is resized in the middle of it."""
+
+
+async def test_a_terminal_keeps_a_new_size_though_its_program_writes_back_the_former_one(caller: Caller) -> None:
+    message = {**TERMINAL, "process": {"cmd": sys.executable, "args": ["-uc", READLINE]}}
+    async with caller.stream("Start", message) as stream:
+        pid = await stream.pid()
+        await stream.until(lambda seen: b"read" in seen.pty)
+        resized = {"process": {"pid": pid}, "pty": {"size": {"cols": 40, "rows": 20}}}
+        assert await caller.call("Update", resized) == (200, {})
+        seen = await stream.rest()
+
+    assert seen.pty.endswith(b"written back\r\nthen 20 40\r\n")
 
 
 async def test_a_terminals_output_comes_in_chunks_of_its_own_size(caller: Caller) -> None:
