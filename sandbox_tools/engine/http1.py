@@ -55,11 +55,18 @@ class Answer:
         self.continued = False
         """Whether the server asked for the body (100)."""
         self.complete = False
+        self.persistent = False
+        """Whether its server lets another request follow on the same connection (RFC 9112 section 9.3)."""
         self._no_body = method == "HEAD"
         self._fresh: Headers = []
         self._body: list[bytes] = []
         self._head_bytes = 0
         self._parser = httptools.HttpResponseParser(self)
+
+    @property
+    def begun(self) -> bool:
+        """Whether any of it is there."""
+        return self._head_bytes > 0
 
     def feed(self, data: bytes) -> bytes:
         """The part of the body that is in `data`.
@@ -80,6 +87,7 @@ class Answer:
             if not self.complete:
                 msg = f"not an HTTP answer: {error}"
                 raise BadAnswerError(msg) from None
+            self.persistent = False
 
         if not self.status and self._head_bytes > MAX_HEAD:
             msg = f"a head of more than {MAX_HEAD} bytes"
@@ -101,6 +109,10 @@ class Answer:
         self.complete = True
 
     # What the parser calls.
+
+    def on_message_begin(self) -> None:
+        """An answer; one more than was asked for, perhaps."""
+        self.persistent = False
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """One header, or after the body one trailer, which is dropped."""
@@ -131,7 +143,8 @@ class Answer:
 
     def on_message_complete(self) -> None:
         """The end of an answer, which an interim one is not."""
-        self.complete = self.complete or self.status != 0
+        if self.status and not self.complete:
+            self.complete, self.persistent = True, self._parser.should_keep_alive()
 
 
 async def call(

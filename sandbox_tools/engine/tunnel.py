@@ -8,6 +8,7 @@ import os
 import secrets
 from typing import TYPE_CHECKING
 
+from sandbox_tools.engine.kept import Kept
 from sandbox_tools.errors import EngineError
 from sandbox_tools.guest.frames import HELLO, NONCE_BYTES, PIPE_SIZE, RESYNC, enlarge, frame
 from sandbox_tools.guest.mux import Mux, Stream, StreamResetError
@@ -63,6 +64,7 @@ class Tunnel:
         self._pipes = pipes
         self._fds: list[int] = []
         self._mux: Mux | None = None
+        self.kept = Kept()
 
     def open_pipes(self) -> None:
         """Hold the pipes open; before the container starts, so that it never finds them without a peer."""
@@ -108,12 +110,15 @@ class Tunnel:
     def begin(self, port: int) -> Stream:
         """A stream to a port inside that may be written to at once, before it is known whether somebody listens.
 
+        Those that are kept to that port are ended first: its server may serve one at a time.
+
         Raises:
             StreamResetError: The sandbox is going away.
         """
         if self._mux is None:
             msg = "the tunnel is not attached"
             raise StreamResetError(msg)
+        self.kept.part(port)
         return self._mux.open(port)
 
     async def _write_all(self, data: bytes) -> None:

@@ -14,7 +14,8 @@ from starlette.datastructures import Headers
 
 from sandbox_tools.engine import http1
 from sandbox_tools.engine.front import Front, Passage
-from sandbox_tools.engine.gateway import LINGER, explanation
+from sandbox_tools.engine.gateway import explanation
+from sandbox_tools.engine.kept import LINGER
 from sandbox_tools.engine.routing import Asked
 from sandbox_tools.guest.mux import Stream, StreamResetError
 from sandbox_tools.guest.transport import Relay, StreamTransport, break_off

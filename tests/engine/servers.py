@@ -128,8 +128,7 @@ def talk(connection):
     try:
         connection.sendall(base64.urlsafe_b64decode(answer))
         if then == "wait":
-            while connection.recv(65536):
-                pass
+            connection.recv(65536)  # the end, or a request too many
             heard.append(b"end")
         while then == "forever":
             connection.sendall(b"X: y\\r\\n" * 1000)
