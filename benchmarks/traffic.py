@@ -40,8 +40,9 @@ USER_PORT = 8000
 CALLS = 30
 
 ROUND_TRIP = "1+1"
-PROXIED = "request to a user's port"
-INSIDE = "the same from inside"
+PROXIED = "GET from a user's port"
+POSTED = "POST to a user's port"
+INSIDE = "GET from inside"
 UP, DOWN = "100 MB up, /files", "100 MB down, /files"
 OUTPUT = "100 MB of a command's output"
 USER_UP, USER_DOWN = "100 MB up, a user's port", "100 MB down, a user's port"
@@ -136,6 +137,8 @@ class Side:
         path = f"/files?path={self.directory}/blob"
         for _ in range(CALLS):
             self.time(PROXIED, USER_PORT, "GET", "/10")
+        for _ in range(CALLS):
+            self.time(POSTED, USER_PORT, "POST", "/10")
         self.samples.setdefault(INSIDE, []).extend(json.loads(self.run(FROM_INSIDE)))
         self.time(UP, ENVD_PORT, "POST", path, blob, **{"Content-Type": "application/octet-stream"})
         self.time(DOWN, ENVD_PORT, "GET", path)
