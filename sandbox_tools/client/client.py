@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import urllib.parse
 from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -29,7 +30,9 @@ from sandbox_tools.paths import state_directory
 
 M = TypeVar("M", bound=BaseModel)
 
-_ROWS = TypeAdapter(list[dict[str, Any]])
+_FIELDS = TypeAdapter(dict[str, Any])
+_ROWS = TypeAdapter(list[SandboxInfo])
+_ROWS_WITH_NULLS = TypeAdapter(list[dict[str, Any]])
 
 
 class Client:
@@ -302,14 +305,17 @@ def _body(model: type[M], op: str, **fields: object) -> M:
 
 def _parsed(model: type[M], response: httpx.Response, op: str, sandbox_id: str | None = None) -> M:
     try:
-        return model.model_validate(_present(TypeAdapter(dict[str, Any]).validate_json(response.content)))
+        return model.model_validate(_present(_FIELDS.validate_json(response.content)))
     except ValidationError:
         raise _shapeless(response, op, sandbox_id) from None
 
 
 def _parsed_rows(response: httpx.Response) -> list[SandboxInfo]:
+    with suppress(ValidationError):
+        return _ROWS.validate_json(response.content)
+
     try:
-        return [SandboxInfo.model_validate(_present(row)) for row in _ROWS.validate_json(response.content)]
+        return [SandboxInfo.model_validate(_present(row)) for row in _ROWS_WITH_NULLS.validate_json(response.content)]
     except ValidationError:
         raise _shapeless(response, "list", None) from None
 
