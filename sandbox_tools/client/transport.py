@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
-import tenacity
 from pydantic import ValidationError
 
 from sandbox_tools.client.dialects import Address
@@ -142,7 +141,7 @@ class Transport:
         http = self._pooled if call.idempotent else self._fresh
         headers = {"X-API-KEY": self._address.api_key} if self._address.api_key else {}
         request = http.build_request(
-            call.method, self._address.api_url + call.path, params=call.params, json=call.body, headers=headers
+            call.method, self._address.api_url + call.path, params=call.params or None, json=call.body, headers=headers
         )
 
         async def once() -> httpx.Response:
@@ -239,6 +238,9 @@ class Transport:
 
 async def close(response: httpx.Response) -> None:
     """Closes a streamed answer and its connection, also when the caller is cancelled while it does."""
+    if response.is_closed:
+        return  # It was read to its end, which closes it.
+
     # httpx takes locks before it closes the socket, and a cancellation there would leave both open.
     closing = asyncio.create_task(response.aclose())
     try:
@@ -290,16 +292,33 @@ def _http(
 
 
 async def _repeat(once: Callable[[], Awaitable[T]], again: Callable[[BaseException], bool]) -> T:
+    try:
+        return await once()
+    except SandboxError as error:
+        if not again(error):
+            raise
+
+        first = error
+
+    # Imported where something has failed: what tenacity does around a call that succeeds costs a fifth of the call.
+    import tenacity
+
+    failures = [first]
+
+    async def next_time() -> T:
+        if failures:
+            raise failures.pop()
+
+        return await once()
+
+    jitter = tenacity.wait_random_exponential(multiplier=0.2, max=10)
     retrying = tenacity.AsyncRetrying(
         stop=tenacity.stop_after_attempt(ATTEMPTS),
-        wait=lambda state: _wait(state.outcome.exception() if state.outcome else None) or _jitter(state),
+        wait=lambda state: _wait(state.outcome.exception() if state.outcome else None) or jitter(state),
         retry=tenacity.retry_if_exception(again),
         reraise=True,
     )
-    return await retrying(once)
-
-
-_jitter = tenacity.wait_random_exponential(multiplier=0.2, max=10)
+    return await retrying(next_time)
 
 
 def _wait(error: BaseException | None) -> float:
