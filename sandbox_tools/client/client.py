@@ -137,10 +137,15 @@ class Client:
         Raises:
             NotFoundError: It is gone.
         """
-        return Sandbox(self, await self.grant(sandbox_id, timeout=timeout))
+        grant, _ = await self.grant(sandbox_id, timeout=timeout)
+        return Sandbox(self, grant)
 
-    async def grant(self, sandbox_id: str, *, timeout: int) -> SandboxGrant:
-        """What `connect` and `Sandbox.resume` share: wakes the sandbox and gives the right to use it."""
+    async def grant(self, sandbox_id: str, *, timeout: int) -> tuple[SandboxGrant, bool]:
+        """What `connect` and `Sandbox.resume` share: wakes the sandbox and gives the right to use it.
+
+        Returns:
+            Also whether it may just have been resumed; False means that it certainly ran before.
+        """
         body = _body(ConnectRequest, "connect", timeout=_seconds("connect", timeout))
         call = Call(
             op="connect",
@@ -150,7 +155,10 @@ class Client:
             body={**body.model_dump(by_alias=True), **self.dialect.connect_with},
             deadline=self._long,
         )
-        return _parsed(SandboxGrant, await self.transport.send(call), "connect", sandbox_id)
+        response = await self.transport.send(call)
+        # Behind a repeated attempt, "it runs" may be the work of an earlier one whose answer was lost.
+        resumed = response.status_code != 200 or response.extensions["attempts"] > 1
+        return _parsed(SandboxGrant, response, "connect", sandbox_id), resumed
 
     async def pause(self, sandbox_id: str) -> bool:
         """Puts memory and files on disk and frees the RAM; running streams are cut.
