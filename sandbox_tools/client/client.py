@@ -25,10 +25,8 @@ from sandbox_tools.errors import (
     ConfigError,
     NotFoundError,
     ProtocolError,
-    RateLimitError,
     SandboxError,
     SandboxStateError,
-    ServerError,
     TransportError,
     error_for_status,
 )
@@ -263,25 +261,17 @@ class Client(ControlPlane):
 
     async def _look_for(self, key: str, timeout: int, *, done: bool) -> Sandbox | None:
         """The sandbox of a create whose answer was lost. None: it has not come to be so far, or nobody can say."""
-        pauses = itertools.chain((0.1, 0.4, 1.0), () if done else itertools.repeat(3.0))
         with suppress(TimeoutError):
             async with asyncio.timeout(self._look):
-                while True:
+                for pause in itertools.chain((0.0, 0.1, 0.4, 1.0), () if done else itertools.repeat(3.0)):
+                    await asyncio.sleep(pause)
                     try:
                         if made := await self._made_with(key, timeout):
                             return made
-                    except ProtocolError:
-                        return None
-                    except (TransportError, ServerError, RateLimitError):
-                        pass  # As the create itself: it may get through a moment later.
-                    except APIError:
-                        return None
-
-                    pause = next(pauses, None)
-                    if pause is None:
-                        return None
-
-                    await asyncio.sleep(pause)
+                    except (TransportError, APIError) as error:
+                        # A broken look is repeated, like the create itself; a refused one would be refused again.
+                        if error.retryable is False:
+                            break
 
         return None
 
