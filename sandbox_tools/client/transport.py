@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import time
+import urllib.parse
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -158,9 +159,10 @@ class Transport:
         repeatable = call.idempotent or IDEMPOTENCY_KEY in call.headers
         http = self._pooled if call.idempotent else self._fresh
         headers = {**call.headers, **({"X-API-KEY": self._address.api_key} if self._address.api_key else {})}
-        request = http.build_request(
-            call.method, self._address.api_url + call.path, params=call.params or None, json=call.body, headers=headers
-        )
+        # Encoded as httpx does it, which would take the URL apart once more.
+        query = f"?{urllib.parse.urlencode(call.params)}" if call.params else ""
+        url = self._address.api_url + call.path + query
+        request = http.build_request(call.method, url, json=call.body, headers=headers)
 
         attempts, doubt = 0, False
         failure: SandboxError | None = None
