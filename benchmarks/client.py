@@ -26,17 +26,13 @@ from benchmarks.figures import Samples, machine, milliseconds, options
 from tests.sdk.environments import environment
 
 HERE = Path(__file__).parent
-CALLS = 30
-STEPS = ("run_code", "list", "pause", "create", "connect", "info", "set_timeout", "kill")
+CALLS = 10
+STARTS = 15
 STREAMS = 1000
 PATIENCE = 120.0
 
-OURS, BARE, VENDOR = "sandbox_tools", "httpx", "e2b"
-TITLES = {
-    BARE: "beside bare httpx that sends the same and reads the JSON (run_code and create: a new connection each), ms",
-    VENDOR: "beside the async client of e2b 2.63 (list: 100 rows; it keeps run_code's connection, ours does not), ms",
-}
-TARGETS = {BARE: dict.fromkeys(STEPS, 1.15), VENDOR: {"run_code": 1.0, "list": 1.0, "pause": 1.0}}
+OURS, BARE, VENDOR, VENDOR_FRESH = "sandbox_tools", "httpx", "e2b", "e2b-fresh"
+STEPS = ("run_code", "list", "pause", "create", "connect", "info", "set_timeout", "kill")
 IMPORTS = {
     "import httpx": OURS,
     "import sandbox_tools": OURS,
@@ -48,6 +44,24 @@ MEMORY_TARGET = 300
 
 FRAMEWORKS = ("langchain", "langchain_core", "langgraph", "deepagents", "mcp", "fastapi", "starlette", "uvicorn")
 LOADED = f"import sandbox_tools.client, sys; print(*(name for name in {FRAMEWORKS} if name in sys.modules))"
+
+Turn = tuple[list[float], float]
+"""The seconds that each call took, and what they took of the CPU on average."""
+Turns = dict[str, dict[str, list[Turn]]]
+"""By client and step."""
+Rows = dict[str, tuple[str, str, float | None]]
+"""By label: a step, whom it is compared with, and the ratio that it may have at most."""
+
+TABLES: dict[str, Rows] = {
+    "beside bare httpx that sends the same and reads the JSON; both open a connection for each run_code and create": {
+        step: (step, BARE, 1.15) for step in STEPS
+    },
+    "beside the async client of e2b 2.63, which keeps its connections, or none where it is told so; list: 100 rows": {
+        "run_code": ("run_code", VENDOR, 1.0),
+        "run_code, none kept": ("run_code", VENDOR_FRESH, 1.0),
+        **{step: (step, VENDOR, 1.0 if step in ("list", "pause") else None) for step in STEPS[1:]},
+    },
+}
 
 
 class Contestant:
@@ -61,16 +75,16 @@ class Contestant:
     def __init__(self, python: Path, process: asyncio.subprocess.Process) -> None:
         self.python = python
         self.process = process
-        self.rounds: dict[str, list[list[float]]] = {step: [] for step in STEPS}
+        self.turns: dict[str, list[Turn]] = {step: [] for step in STEPS}
 
-    async def obey(self, step: str, calls: int) -> list[float]:
-        """Its samples."""
+    async def obey(self, step: str, calls: int) -> Turn:
+        """What it measured."""
         assert self.process.stdin
         assert self.process.stdout
         self.process.stdin.write(json.dumps([step, calls]).encode() + b"\n")
         line = await asyncio.wait_for(self.process.stdout.readline(), PATIENCE)
-        samples: list[float] = json.loads(line)
-        return samples
+        first, second = json.loads(line)
+        return first, second
 
 
 @contextlib.asynccontextmanager
@@ -88,9 +102,9 @@ async def child(*argv: str) -> AsyncIterator[asyncio.subprocess.Process]:
 
 @contextlib.asynccontextmanager
 async def contestants() -> AsyncIterator[dict[str, Contestant]]:
-    """All three, at one server."""
-    vendor = await asyncio.to_thread(environment, "e2b") / "bin" / "python"
-    pythons = {OURS: Path(sys.executable), BARE: Path(sys.executable), VENDOR: vendor}
+    """All of them, at one server."""
+    ours, vendor = Path(sys.executable), await asyncio.to_thread(environment, "e2b") / "bin" / "python"
+    pythons = {OURS: ours, BARE: ours, VENDOR: vendor, VENDOR_FRESH: vendor}
     async with contextlib.AsyncExitStack() as stack:
         server = await stack.enter_async_context(child(sys.executable, str(HERE / "loopback.py")))
         assert server.stdout
@@ -110,33 +124,34 @@ def start(python: Path, code: str) -> float:
     return time.perf_counter() - started
 
 
-def imports(pythons: dict[str, Path], rounds: int) -> Samples:
+def imports(pythons: dict[str, Path]) -> Samples:
     """Seconds above those of the same interpreter that imports nothing."""
     samples: Samples = {statement: [] for statement in IMPORTS}
-    for _ in range(rounds):
+    for _ in range(STARTS):
         for statement, name in IMPORTS.items():
             samples[statement].append(start(pythons[name], statement) - start(pythons[name], "pass"))
     return samples
 
 
-async def measure(rounds: int, console: Console) -> dict[str, dict[str, list[list[float]]]]:
-    """The samples: of each client by step and round, of imports, and the megabytes of the streams."""
+async def measure(rounds: int, console: Console) -> tuple[Turns, Samples, Samples]:
+    """The turns of each client by step, the seconds of imports, and the megabytes of the streams."""
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("calls", total=rounds)
-        async with contestants() as all_three:
+        async with contestants() as these:
+            names = list(these)
             for number in range(rounds):
-                names = list(all_three)
+                first = number % len(names)
                 for step in STEPS:
-                    for name in names[number % 3 :] + names[: number % 3]:
-                        all_three[name].rounds[step].append(await all_three[name].obey(step, CALLS))
+                    for name in names[first:] + names[:first]:
+                        these[name].turns[step].append(await these[name].obey(step, CALLS))
                 progress.advance(task)
-        async with contestants() as unused:
-            progress.update(task, description="streams")
-            streams = {name: [await one.obey("streams", STREAMS)] for name, one in unused.items()}
         progress.update(task, description="imports")
-        pythons = {name: one.python for name, one in all_three.items()}
-        started = {what: [seconds] for what, seconds in (await asyncio.to_thread(imports, pythons, rounds)).items()}
-    return {name: one.rounds for name, one in all_three.items()} | {"streams": streams, "imports": started}
+        seconds = await asyncio.to_thread(imports, {name: one.python for name, one in these.items()})
+        progress.update(task, description="streams")
+        async with contestants() as unused:
+            # The server ends none before all are open, so an answer says that they were.
+            streams = {name: [*map(float, await unused[name].obey("streams", STREAMS))] for name in names[:3]}
+    return {name: one.turns for name, one in these.items()}, seconds, streams
 
 
 def verdict(figure: float, target: float | None) -> str:
@@ -144,48 +159,57 @@ def verdict(figure: float, target: float | None) -> str:
     return "" if target is None else f"{target:g} {'met' if figure <= target else 'MISSED'}"
 
 
-def show(results: dict[str, dict[str, list[list[float]]]], console: Console) -> None:
-    for other, title in TITLES.items():
-        table = Table(title=title, title_justify="left")
-        for column in ("p50 of", "ours", "p95", "other", "p95", "ratio", "rounds", "target"):
-            table.add_column(column, justify="left" if column == "p50 of" else "right", no_wrap=True)
-        for step in STEPS:
-            ours, theirs = results[OURS][step], results[other][step]
-            # Neighbours in time are compared, so that what else the machine does concerns both.
-            ratios = [statistics.median(mine) / statistics.median(its) for mine, its in zip(ours, theirs, strict=True)]
-            middle = statistics.median(ratios)
-            figures = (figure for rounds in (ours, theirs) for figure in milliseconds([*chain(*rounds)], 2))
-            spread = f"{min(ratios):.2f}-{max(ratios):.2f}"
-            table.add_row(step, *figures, f"{middle:.2f}", spread, verdict(middle, TARGETS[other].get(step)))
-        console.print(table)
+def compared(title: str, rows: Rows, turns: Turns) -> Table:
+    """The two sides of some steps."""
+    table = Table(title=title, title_justify="left")
+    for column in ("ms", "ours", "p95", "other", "p95", "ratio", "half of rounds", "of CPU", "at most"):
+        table.add_column(column, justify="left" if column == "ms" else "right", no_wrap=True)
+    for label, (step, other, target) in rows.items():
+        sides = turns[OURS][step], turns[other][step]
+        ours, theirs = ([*chain.from_iterable(seconds for seconds, _ in side)] for side in sides)
+        ratio = statistics.median(ours) / statistics.median(theirs)
+        # Neighbours in time, so that what else the machine does concerns both.
+        pairs = [*zip(*sides, strict=True)]
+        low, _, high = statistics.quantiles(statistics.median(a) / statistics.median(b) for (a, _), (b, _) in pairs)
+        spent = statistics.median(a / b for (_, a), (_, b) in pairs)
+        figures = (*milliseconds(ours, 2), *milliseconds(theirs, 2), f"{ratio:.2f}", f"{low:.2f}-{high:.2f}")
+        table.add_row(label, *figures, f"{spent:.2f}", verdict(ratio, target))
+    return table
+
+
+def show(turns: Turns, seconds: Samples, streams: Samples, console: Console) -> None:
+    for title, rows in TABLES.items():
+        console.print(compared(title, rows, turns))
 
     table = Table(title="a fresh interpreter, above one that imports nothing, ms", title_justify="left")
-    for column in ("import", "p50", "p95", "target"):
-        table.add_column(column, justify="left" if column == "import" else "right")
-    for statement, (seconds,) in results["imports"].items():
+    for column in ("statement", "p50", "p95", "at most"):
+        table.add_column(column, justify="left" if column == "statement" else "right")
+    for statement, samples in seconds.items():
         target = IMPORT_TARGET if "sandbox_tools" in statement else None
-        table.add_row(statement, *milliseconds(seconds, 0), verdict(1000 * statistics.median(seconds), target))
+        table.add_row(statement, *milliseconds(samples, 0), verdict(1000 * statistics.median(samples), target))
     console.print(table)
     loaded = subprocess.run([sys.executable, "-c", LOADED], check=True, capture_output=True, text=True).stdout.split()
     console.print(f"frameworks that the client imports: {', '.join(loaded) or 'none'}")
 
-    table = Table(title=f"{STREAMS} run_code streams, all open at once, in one process, MB", title_justify="left")
-    for column in ("client", "before", "at most", "target"):
+    table = Table(title=f"{STREAMS} run_code streams, all open at once, MB of the process", title_justify="left")
+    for column in ("client", "before", "peak", "at most"):
         table.add_column(column, justify="left" if column == "client" else "right")
-    for name, ((before, most),) in results["streams"].items():
+    for name, (before, peak) in streams.items():
         target = MEMORY_TARGET if name == OURS else None
-        table.add_row(name, f"{before:.0f}", f"{most:.0f}", verdict(most, target))
+        table.add_row(name, f"{before:.0f}", f"{peak:.0f}", verdict(peak, target))
     console.print(table)
     console.print(machine())
 
 
 def main() -> None:
-    arguments = options(__doc__, rounds=15)
+    arguments = options(__doc__, rounds=40)
     console = Console(file=sys.stdout)
-    results = asyncio.run(measure(arguments.rounds, console))
-    show(results, console)
+    if not console.is_terminal:
+        console.width = 110
+    turns, seconds, streams = asyncio.run(measure(arguments.rounds, console))
+    show(turns, seconds, streams, console)
     if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1))
+        arguments.json.write_text(json.dumps({"turns": turns, "imports": seconds, "streams": streams}, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """One client in a process of its own: `contestant.py NAME URL`, in an environment that has it.
 
-Each line of the input is an order, `[step, calls]`; each line of the output the seconds of each call. For `streams` it
-is the megabytes that the process had at most, before and after.
+Each line of the input is an order, `[step, calls]`; each line of the output the seconds that each call took, and what
+they took of the CPU on average. For `streams` it is the megabytes that the process had at most, before and after.
 """
 
 from __future__ import annotations
@@ -149,7 +149,16 @@ class E2b:
         assert (await self.sandbox.run_code(f"hold {count}")).text == TEXT
 
 
-CONTESTANTS = {"sandbox_tools": SandboxTools, "httpx": BareHttpx, "e2b": E2b}
+class E2bFresh(E2b):
+    """The same, told to keep no connection."""
+
+    async def open(self, url: str) -> dict[str, Step]:
+        """By its own variable."""
+        os.environ["E2B_MAX_KEEPALIVE_CONNECTIONS"] = "0"
+        return await super().open(url)
+
+
+CONTESTANTS = {"sandbox_tools": SandboxTools, "httpx": BareHttpx, "e2b": E2b, "e2b-fresh": E2bFresh}
 
 
 def peak() -> float:
@@ -167,15 +176,17 @@ async def main(name: str, url: str) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
             before = peak()
             await asyncio.gather(*(contestant.hold(calls) for _ in range(calls)))
-            samples = [before, peak()]
+            answer = [before, peak()]
         else:
             await steps[step]()  # opens the connection that is kept, if one is
-            samples = []
+            seconds = []
+            spent = time.process_time()
             for _ in range(calls):
                 started = time.perf_counter()
                 await steps[step]()
-                samples.append(time.perf_counter() - started)
-        print(json.dumps(samples), flush=True)
+                seconds.append(time.perf_counter() - started)
+            answer = [seconds, (time.process_time() - spent) / calls]
+        print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":
