@@ -244,7 +244,9 @@ class Client(ControlPlane):
 
         code, said = (result.error.code, result.error.message) if result.error else (500, "no reason given")
         msg = f"A copy could not be made: {self.transport.quoted(said)!r}. Fork again if you need it."
-        return error_for_status(code)(msg, status_code=code, op="fork", sandbox_id=sandbox_id)
+        # A 404 is about something else than the original, which must not be taken for gone.
+        cls = APIError if code == 404 else error_for_status(code)
+        return cls(msg, status_code=code, op="fork", sandbox_id=sandbox_id)
 
     async def _made_with(self, key: str, timeout: int) -> Sandbox | None:
         """The sandbox whose create had that key. None: there is none now."""
