@@ -124,16 +124,19 @@ class Sandbox:
 
         body = {"code": code, "context_id": context, "language": language, "env_vars": dict(env) if env else None}
         end = None if timeout is None else asyncio.get_running_loop().time() + timeout
+        url, headers = self._at(INTERPRETER_PORT)
         try:
             async with asyncio.timeout_at(end):
-                response = await self._open(body)
+                response = await self._client.transport.open(
+                    "run_code", url + "/execute", headers=headers, body=body, sandbox_id=self.id
+                )
         except TimeoutError:
             raise self._too_long(timeout) from None
 
         decoder = EventDecoder()
         try:
             if response.status_code != 200:
-                raise await self._refusal(response)
+                raise await self._refusal(response, "run_code")
 
             chunks = response.aiter_bytes()
             while True:
@@ -144,7 +147,7 @@ class Sandbox:
                 except TimeoutError:
                     raise self._too_long(timeout) from None
                 except httpx.HTTPError as error:
-                    raise await self._cut(translate(error, op="run_code", sandbox_id=self.id)) from error
+                    raise await self._cut(translate(error, op="run_code", sandbox_id=self.id), "run_code") from error
 
                 for event in decoder.close() if chunk is None else decoder.feed(chunk):
                     yield event
@@ -154,7 +157,7 @@ class Sandbox:
 
                 if chunk is None:
                     msg = "The answer to `run_code` ended before the code did. Run something small to see what is left."
-                    raise await self._cut(ProtocolError(msg, op="run_code", sandbox_id=self.id))
+                    raise await self._cut(ProtocolError(msg, op="run_code", sandbox_id=self.id), "run_code")
         finally:
             await close(response)
 
@@ -178,15 +181,11 @@ class Sandbox:
         """As `Client.set_timeout`."""
         await self._client.set_timeout(self.id, timeout)
 
-    async def _open(self, body: Mapping[str, Any]) -> httpx.Response:
-        dialect = self._client.dialect
-        return await self._client.transport.open(
-            "run_code",
-            dialect.sandbox_url(self._client.address, self._grant, INTERPRETER_PORT) + "/execute",
-            headers=dialect.sandbox_headers(self._grant, INTERPRETER_PORT),
-            body=body,
-            sandbox_id=self.id,
-        )
+    def _at(self, port: int) -> tuple[str, dict[str, str]]:
+        """The URL of one of its ports, and the headers that a request to it needs."""
+        client = self._client
+        url = client.dialect.sandbox_url(client.address, self._grant, port)
+        return url, client.dialect.sandbox_headers(self._grant, port)
 
     def _too_long(self, timeout: float | None) -> ExecutionTimeoutError:
         msg = (
@@ -195,31 +194,31 @@ class Sandbox:
         )
         return ExecutionTimeoutError(msg, op="run_code", sandbox_id=self.id)
 
-    async def _refusal(self, response: httpx.Response) -> SandboxError:
-        """The error for an answer of the sandbox's own address that is no stream; often plain text."""
+    async def _refusal(self, response: httpx.Response, op: str) -> SandboxError:
+        """The error for an answer of the sandbox's own address that is no success; often plain text."""
         text = await self._text(response)
         status = response.status_code
         if status == 404 and "not found" in text and "Context" in text:
             msg = f"There is no such code context: {text!r}. Leave `context` out, or make a new one."
-            return NotFoundError(msg, op="run_code", sandbox_id=self.id)
+            return NotFoundError(msg, op=op, sandbox_id=self.id)
 
         if status == 404:
             # Not the word of the sandbox, so nobody may conclude from it that something is gone.
-            msg = f"`run_code` was answered with status 404 and {text!r}. Check the sandbox's template and domain."
-            return ProtocolError(msg, op="run_code", sandbox_id=self.id)
+            msg = f"`{op}` was answered with status 404 and {text!r}. Check the sandbox's template and domain."
+            return ProtocolError(msg, op=op, sandbox_id=self.id)
 
         if status == 409:
             msg = f"The sandbox is just changing its state: {text!r}. Try again in a moment."
-            return SandboxBusyError(msg, op="run_code", sandbox_id=self.id)
+            return SandboxBusyError(msg, op=op, sandbox_id=self.id)
 
         if status == 502 and "was not found" in text:
-            msg = "The sandbox's address does not lead to it now, and the code was not run. Try again."
-            return await self._cut(TransportError(msg, op="run_code", sandbox_id=self.id, retryable=True))
+            msg = f"The sandbox's address does not lead to it now, and `{op}` did not begin. Try again."
+            return await self._cut(TransportError(msg, op=op, sandbox_id=self.id, retryable=True), op)
 
         cls = error_for_status(status)
-        msg = f"`run_code` was refused with status {status}: {text!r}. Look at the sandbox's state, then try again."
+        msg = f"`{op}` was refused with status {status}: {text!r}. Look at the sandbox's state, then try again."
         wait = retry_after(response.headers.get("retry-after"))
-        return cls(msg, status_code=status, retry_after=wait, op="run_code", sandbox_id=self.id)
+        return cls(msg, status_code=status, retry_after=wait, op=op, sandbox_id=self.id)
 
     async def _text(self, response: httpx.Response) -> str:
         body = bytearray()
@@ -237,19 +236,19 @@ class Sandbox:
         except ValidationError:
             return body.decode("utf-8", "replace")[:200]
 
-    async def _cut(self, error: SandboxError) -> SandboxError:
-        """Why the code's stream broke: the sandbox is gone, it is paused, or, if neither is known, `error` itself."""
+    async def _cut(self, error: SandboxError, op: str) -> SandboxError:
+        """Why `op` broke off: the sandbox is gone, it is paused, or, if neither is known, `error` itself."""
         try:
             info = await self._client.info(self.id, deadline=LOOK_TIMEOUT)
         except NotFoundError:
             msg = "The sandbox is gone: its time ran out or it was killed. Create a new one; its state is lost."
-            return SandboxExpiredError(msg, op="run_code", sandbox_id=self.id)
+            return SandboxExpiredError(msg, op=op, sandbox_id=self.id)
         except (APIError, TransportError):
             return error
 
         if info.state == "paused":
-            msg = "The sandbox is paused, with its state kept. Resume it, then look at what the code has done."
-            return SandboxStateError(msg, op="run_code", sandbox_id=self.id)
+            msg = f"The sandbox is paused, with its state kept. Resume it, then look at what `{op}` has done."
+            return SandboxStateError(msg, op=op, sandbox_id=self.id)
 
         return error
 
