@@ -128,7 +128,7 @@ class Sandbox:
         try:
             async with asyncio.timeout_at(end):
                 response = await self._client.transport.open(
-                    "run_code", url + "/execute", headers=headers, body=body, sandbox_id=self.id
+                    "run_code", "POST", url + "/execute", headers=headers, json=body, sandbox_id=self.id
                 )
         except TimeoutError:
             raise self._too_long(timeout) from None
