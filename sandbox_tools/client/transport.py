@@ -116,7 +116,7 @@ class Transport:
         self._address = address
         self._request_timeout = request_timeout
         self._engine = engine
-        socket = engine.socket if engine else None
+        self.socket = socket = engine.socket if engine else None
         # No certificates are read for a Unix socket: that takes longer than most calls on it.
         verify = False if socket or inner else httpx.create_ssl_context()
         # A URL that somebody named is meant literally; a provider's own may be behind the environment's proxy.
