@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import tempfile
 import threading
@@ -17,6 +18,7 @@ from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from sandbox_tools.client import Client
 
@@ -91,8 +93,9 @@ class Server:
         if sandbox_id not in self.states:
             return self.no(404, "no such sandbox")
 
+        woken = self.states[sandbox_id] == "paused"
         self.states[sandbox_id] = "running"
-        return JSONResponse(self.grant(sandbox_id))
+        return JSONResponse(self.grant(sandbox_id), 201 if woken else 200)
 
     async def timeout(self, request: Request) -> Response:
         state = self.states.get(request.path_params["id"])
@@ -205,7 +208,14 @@ def state() -> Iterator[Path]:
 def server(state: Path) -> Iterator[Server]:
     """A real HTTP server on the state directory's socket, in a thread."""
     protocol = Server()
-    config = uvicorn.Config(protocol.app, uds=str(state / "engine.sock"), log_level="critical", lifespan="off")
+    with serving(protocol.app, state):
+        yield protocol
+
+
+@contextlib.contextmanager
+def serving(app: ASGIApp, state: Path) -> Iterator[None]:
+    """Serves an application on a state directory's socket."""
+    config = uvicorn.Config(app, uds=str(state / "engine.sock"), log_level="critical", lifespan="off")
     running = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(running.serve()))
     thread.start()
@@ -214,7 +224,7 @@ def server(state: Path) -> Iterator[Server]:
         time.sleep(0.01)
 
     try:
-        yield protocol
+        yield
     finally:
         running.should_exit = running.force_exit = True
         thread.join(10)
