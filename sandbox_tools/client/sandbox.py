@@ -61,7 +61,8 @@ UNREADY = frozenset((409, 502, 503, 504))
 READY_LIMIT = 5.0
 """Seconds that a sandbox which was just resumed is given to answer at its own address."""
 
-REFUSAL_LIMIT = 64 * 1024
+ANSWER_LIMIT = 1 << 20
+"""Bytes of an answer that are read, where it is no stream: code inside a sandbox may send any number."""
 
 
 class _Contexts(BaseModel):
@@ -347,7 +348,7 @@ class Sandbox:
                     if not response.is_success:
                         raise await self._refusal(response, op)
 
-                    return await response.aread()
+                    return await _limited(response)
                 except httpx.HTTPError as error:
                     raise await self._cut(translate(error, op=op, sandbox_id=self.id), op) from error
                 finally:
@@ -404,18 +405,13 @@ class Sandbox:
         return cls(msg, status_code=status, retry_after=wait, op=op, sandbox_id=self.id)
 
     async def _text(self, response: httpx.Response) -> str:
-        body = bytearray()
-        try:
+        body = b""
+        with suppress(TimeoutError, httpx.HTTPError):  # The status alone says enough.
             async with asyncio.timeout(LOOK_TIMEOUT):
-                async for chunk in response.aiter_bytes():
-                    body += chunk
-                    if len(body) > REFUSAL_LIMIT:
-                        break
-        except (TimeoutError, httpx.HTTPError):
-            pass  # The status alone says enough.
+                body = await _limited(response)
 
         try:
-            return ErrorBody.model_validate_json(bytes(body)).message
+            return ErrorBody.model_validate_json(body).message
         except ValidationError:
             return body.decode("utf-8", "replace")[:200]
 
@@ -434,6 +430,16 @@ class Sandbox:
             return SandboxStateError(msg, op=op, sandbox_id=self.id)
 
         return error
+
+
+async def _limited(response: httpx.Response) -> bytes:
+    body = bytearray()
+    async for chunk in response.aiter_bytes():
+        body += chunk
+        if len(body) > ANSWER_LIMIT:
+            break
+
+    return bytes(body)
 
 
 async def _drain(chunks: AsyncIterator[bytes]) -> None:

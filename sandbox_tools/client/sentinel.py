@@ -91,7 +91,8 @@ async def check(sandbox: Sandbox, sentinel: Sentinel) -> bool:
 async def _read(sandbox: Sandbox, path: str) -> str | None:
     """What is in a place, nothing if it is not there. None: nobody could look."""
     try:
-        return (await sandbox._ask("resume", "GET", ENVD_PORT, "/files", timeout=LIMIT, params={"path": path})).decode()
+        answer = await sandbox._ask("resume", "GET", ENVD_PORT, "/files", timeout=LIMIT, params={"path": path})
+        return answer.decode(errors="replace")
     except NotFoundError:
         return ""
     except SandboxError as error:

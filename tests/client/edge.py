@@ -30,6 +30,8 @@ class Edge:
         """Statuses of the next requests to the sandbox itself, in place of answers."""
         self.lost: set[str] = set()
         """Requests that are carried out, once, and whose connection is then reset."""
+        self.refused: dict[str, int] = {}
+        """Requests to the control plane that are refused, and with which status."""
         self.held: str | None = None
         """The request that waits for ever."""
         self.holding = asyncio.Event()
@@ -85,6 +87,9 @@ class Edge:
         return answer
 
     def _control(self, request: str) -> tuple[int, bytes]:
+        if request in self.refused:
+            return self.refused[request], b'{"code": 500, "message": "no"}'
+
         if request == "GET /health":
             return 200, b""
 
