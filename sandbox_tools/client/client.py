@@ -141,15 +141,19 @@ class Client:
         Raises:
             NotFoundError: It is gone.
         """
-        grant, woken = await self.grant(sandbox_id, timeout=timeout)
+        grant, resumed = await self.grant(sandbox_id, timeout=timeout)
         sandbox = Sandbox(self, grant)
-        if woken:
+        if resumed:
             await sandbox.until_ready()
 
         return sandbox
 
     async def grant(self, sandbox_id: str, *, timeout: int) -> tuple[SandboxGrant, bool]:
-        """What `connect` and `Sandbox.resume` share: the right to use the sandbox, and whether this woke it."""
+        """What `connect` and `Sandbox.resume` share: wakes the sandbox and gives the right to use it.
+
+        Returns:
+            Also whether it may just have been resumed; False means that it certainly ran before.
+        """
         body = _body(ConnectRequest, "connect", timeout=_seconds("connect", timeout))
         call = Call(
             op="connect",
@@ -160,7 +164,9 @@ class Client:
             deadline=self._long,
         )
         response = await self.transport.send(call)
-        return _parsed(SandboxGrant, response, "connect", sandbox_id), response.status_code == 201
+        # Behind a repeated attempt, "it runs" may be the work of an earlier one whose answer was lost.
+        resumed = response.status_code != 200 or response.extensions["attempts"] > 1
+        return _parsed(SandboxGrant, response, "connect", sandbox_id), resumed
 
     async def pause(self, sandbox_id: str, *, memory: bool = True) -> bool:
         """Puts memory and files on disk and frees the RAM; running streams are cut.

@@ -134,6 +134,10 @@ class Transport:
     async def send(self, call: Call) -> httpx.Response:
         """Sends one call to the control plane, repeats it where that is safe, and gives the 2xx answer.
 
+        Its `extensions["attempts"]` says how often the call was sent.
+
+        Its `extensions["attempts"]` says how often it was sent.
+
         Raises:
             TransportError: No usable answer came.
             APIError: The server said no.
@@ -145,7 +149,11 @@ class Transport:
             call.method, self._address.api_url + call.path, params=call.params, json=call.body, headers=headers
         )
 
+        attempts = 0
+
         async def once() -> httpx.Response:
+            nonlocal attempts
+            attempts += 1
             try:
                 response = await http.send(request)
             except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -154,6 +162,7 @@ class Transport:
             if not response.is_success:
                 raise self.refusal(response, op=call.op, sandbox_id=call.sandbox_id)
 
+            response.extensions["attempts"] = attempts
             return response
 
         async def repeated() -> httpx.Response:
