@@ -53,9 +53,7 @@ READY_LIMIT = 5.0
 
 
 class _Contexts(BaseModel):
-    """The list as PPIO may give it."""
-
-    contexts: list[CodeContext]
+    contexts: list[CodeContext]  # PPIO may put the list into an object
 
 
 _CONTEXT = TypeAdapter(CodeContext)

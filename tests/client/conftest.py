@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import tempfile
 import threading
@@ -18,7 +17,6 @@ from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp
 
 from sandbox_tools.client import Client
 
@@ -208,14 +206,7 @@ def state() -> Iterator[Path]:
 def server(state: Path) -> Iterator[Server]:
     """A real HTTP server on the state directory's socket, in a thread."""
     protocol = Server()
-    with serving(protocol.app, state):
-        yield protocol
-
-
-@contextlib.contextmanager
-def serving(app: ASGIApp, state: Path) -> Iterator[None]:
-    """Serves an application on a state directory's socket."""
-    config = uvicorn.Config(app, uds=str(state / "engine.sock"), log_level="critical", lifespan="off")
+    config = uvicorn.Config(protocol.app, uds=str(state / "engine.sock"), log_level="critical", lifespan="off")
     running = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(running.serve()))
     thread.start()
@@ -224,7 +215,7 @@ def serving(app: ASGIApp, state: Path) -> Iterator[None]:
         time.sleep(0.01)
 
     try:
-        yield
+        yield protocol
     finally:
         running.should_exit = running.force_exit = True
         thread.join(10)

@@ -262,7 +262,7 @@ async def test_a_sandbox_that_does_not_answer_is_paused_all_the_same(
 async def test_a_mark_that_nobody_can_look_at_is_not_a_loss(edge: Edge, at_edge: Sandbox, failure: int) -> None:
     await at_edge.pause()
     edge.state = "running"
-    edge.failures = [failure] * 2
+    edge.failures = [failure] * 8
 
     assert at_edge.sentinel is not None
     assert not await check(at_edge, at_edge.sentinel)
