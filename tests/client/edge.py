@@ -35,6 +35,7 @@ class Edge:
         self.held: str | None = None
         """The request that waits for ever."""
         self.holding = asyncio.Event()
+        self.bodies: dict[str, list[bytes]] = {}
         self.files: dict[str, bytes] = {}
         self.on_connect: Callable[[], None] = lambda: None
         self.contexts = b'[{"id": "c1", "language": "python", "cwd": "/home/user", "more": 1}]'
@@ -58,6 +59,7 @@ class Edge:
                 if request != "GET /health" or b"e2b-sandbox-id" in head.lower():
                     self.seen.append(request)
                 mine.append(request)
+                self.bodies.setdefault(request, []).append(body)
                 if request == self.held:
                     self.holding.set()
                     await reader.read()  # until the client leaves
