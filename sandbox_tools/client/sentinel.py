@@ -19,9 +19,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sandbox_tools.client")
 
-PLACES = {"memory": "/dev/shm/.sandbox-tools", "files": "/var/tmp/.sandbox-tools"}
+PLACES = {"memory": "/dev/shm/.sandbox-tools", "files": "/var/lib/sandbox-tools/sentinel"}
 """Where the mark is. `/dev/shm` is a file system in RAM wherever Linux runs, and a reboot empties it: what is there has
 come back with the memory. No kernel, process or namespace of the user's holds it, so none of them can end with it."""
+
+# Not the user's: in a directory that all may write to, Linux lets nobody write to another's file, nor remove it
+# (proc(5), `protected_regular`), and files in `/dev/shm` that are a user's go when that user logs out (logind.conf(5)).
+OWNER = "root"
 
 LIMIT = 5.0
 """Seconds that planting or checking may take; a sandbox that is slower than that is paused or resumed unverified."""
@@ -62,7 +66,8 @@ async def plant(sandbox: Sandbox, *, memory: bool = True) -> Sentinel | None:
     fresh = Sentinel(sandbox_id=sandbox.id, count=count, token=secrets.token_hex(8), memory=memory)
     files = [("file", (path, fresh.text().encode())) for path in PLACES.values()]
     try:
-        await ask(sandbox, "pause", "POST", ENVD_PORT, "/files", timeout=LIMIT, files=files)
+        params = {"username": OWNER}
+        await ask(sandbox, "pause", "POST", ENVD_PORT, "/files", params=params, files=files, timeout=LIMIT)
     except SandboxError as error:
         log.info("%s is paused without a sentinel: %s", sandbox.id, error)
         return before.model_copy(update={"memory": memory and before.memory}) if before else None
@@ -92,9 +97,8 @@ async def check(sandbox: Sandbox, sentinel: Sentinel) -> bool:
 async def _read(sandbox: Sandbox, path: str) -> str | None:
     """What is in a place, nothing if it is not there. None: nobody could look."""
     try:
-        answer = await ask(
-            sandbox, "resume", "GET", ENVD_PORT, "/files", params={"path": path}, idempotent=True, timeout=LIMIT
-        )
+        params = {"path": path, "username": OWNER}
+        answer = await ask(sandbox, "resume", "GET", ENVD_PORT, "/files", params=params, idempotent=True, timeout=LIMIT)
         return answer.decode(errors="replace")
     except NotFoundError:
         return ""

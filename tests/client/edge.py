@@ -8,7 +8,7 @@ import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import parse_qs
 
 from tests.client.conftest import Server, line
 
@@ -131,7 +131,7 @@ class Edge:
                 self.files |= {name.decode(): content for name, content in _PART.findall(body)}
                 return 200, b'[{"path": "/x", "name": "x", "type": "file"}]'
             case "GET", "/files":
-                name = unquote(query.removeprefix("path="))
+                name = parse_qs(query)["path"][0]
                 missing = json.dumps({"code": 404, "message": f"path '{name}' does not exist"}).encode()
                 return (200, self.files[name]) if name in self.files else (404, missing)
             case _:
