@@ -40,7 +40,7 @@ async def resumed(client: Client, sandbox: Sandbox, way: str) -> Sandbox:
 
 
 @pytest.mark.parametrize("way", ["connect", "resume"])
-@pytest.mark.parametrize("failures", [[502], [409], [503], [RESET], [RESET, 502, 409, 502]], ids=str)
+@pytest.mark.parametrize("failures", [[502], [409], [503], [504], [RESET], [RESET, 502, 409, 502]], ids=str)
 async def test_the_first_request_after_a_resume_succeeds_though_the_edge_is_late(
     edge: Edge, client: Client, failures: list[int], way: str
 ) -> None:

@@ -9,8 +9,9 @@ import pytest
 
 from sandbox_tools.client import Client, Sandbox, sentinel
 from sandbox_tools.client.sentinel import PLACES, Sentinel, check, plant
-from sandbox_tools.errors import ServerError, StateLostError
+from sandbox_tools.errors import ConfigError, ServerError, StateLostError
 from sandbox_tools.paths import socket_path
+from tests.client.conftest import Server
 from tests.client.edge import RESET, Edge
 from tests.machine import EngineProcess
 
@@ -193,6 +194,17 @@ async def test_what_the_servers_timer_paused_is_held_to_the_last_mark(sandbox: S
     assert "42" == (await sandbox.run_code("x + 1")).text
 
 
+async def test_what_the_servers_timer_lost_is_seen_by_the_last_mark(edge: Edge, at_edge: Sandbox) -> None:
+    await at_edge.pause()
+    await at_edge.resume()
+    edge.state = "paused"
+    del edge.files[PLACES["memory"]]
+
+    with pytest.raises(StateLostError) as caught:
+        await at_edge.resume()
+    assert {"memory"} == caught.value.lost
+
+
 async def test_pauses_at_the_same_time_are_one_pause(sandbox: Sandbox) -> None:
     await asyncio.gather(*(sandbox.pause() for _ in range(4)))
     await sandbox.resume()
@@ -358,6 +370,44 @@ async def test_a_second_pause_sends_nothing_to_the_sandbox_which_could_wake_it(e
 
     assert not await at_edge.pause()
     assert ["POST /sandboxes/i1/pause", "GET /sandboxes/i1"] == edge.seen
+
+
+async def test_a_second_pause_without_memory_is_not_held_to_memory(edge: Edge, at_edge: Sandbox) -> None:
+    """Somebody else may have woken it in between, and then it did lose its memory, as it was told to."""
+    await at_edge.pause()
+    await at_edge.pause(memory=False)
+    del edge.files[PLACES["memory"]]
+
+    await at_edge.resume()
+
+
+async def test_marks_are_left_one_after_the_other(edge: Edge, at_edge: Sandbox) -> None:
+    """Else the one that is remembered need not be the one that stays."""
+    edge.held = PLANT
+    pauses = [asyncio.create_task(at_edge.pause()) for _ in range(2)]
+    async with asyncio.timeout(10):
+        await edge.holding.wait()
+        for _ in range(3):
+            await at_edge.list_contexts()
+        assert 1 == edge.seen.count(PLANT)
+        for task in pauses:
+            task.cancel()
+        await asyncio.gather(*pauses, return_exceptions=True)
+
+
+async def test_a_pause_that_the_provider_does_not_have_sends_nothing() -> None:
+    seen: list[str] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        seen.append(request.url.path)
+        return httpx.Response(201, json=Server().grant("i1"))
+
+    async with Client(provider="ppio", api_key="k", transport=httpx.MockTransport(handler)) as client:
+        sandbox = await client.create()
+        seen.clear()
+        with pytest.raises(ConfigError):
+            await sandbox.pause(memory=False)
+    assert [] == seen
 
 
 async def test_a_clock_that_was_set_back_does_not_make_a_mark_older(
