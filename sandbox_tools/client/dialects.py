@@ -271,7 +271,10 @@ def choose(
     api_url: str | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> tuple[Dialect, Address]:
-    """The dialect to speak and where; arguments win over the environment, and a `Dialect` is taken literally.
+    """The dialect to speak and where; arguments win over the environment.
+
+    Args:
+        provider: Its name, or a `Dialect`, which is spoken also where a name would stand for that of a cluster.
 
     Raises:
         ConfigError: No such provider, several providers' keys, a key that is missing or cannot be a header.
