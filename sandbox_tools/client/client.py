@@ -60,6 +60,8 @@ class Client(ControlPlane):
         api_url: None: from the environment, else the provider's own, else the local engine's Unix socket.
         request_timeout: Seconds for one call to the control plane with all its repeats. Those that may move gigabytes
             (create, connect, fork, snapshot) have at least 600 s, and a pause has what the sandbox's size demands.
+        verify_state: Whether `Sandbox.pause` leaves a mark in the sandbox and `Sandbox.resume` looks for it: a small
+            request to the sandbox before the pause, and two at once after the resume.
         state_dir: Which local engine. None: `paths.state_directory()`. Other providers do not use it.
         on_wait: Called with a sentence while the local engine is being started. None: nobody is told.
         transport: Replaces the network, for tests.
@@ -75,6 +77,7 @@ class Client(ControlPlane):
         api_key: str | None = None,
         api_url: str | None = None,
         request_timeout: float = 60.0,
+        verify_state: bool = True,
         state_dir: Path | None = None,
         on_wait: Callable[[str], None] | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
@@ -88,6 +91,7 @@ class Client(ControlPlane):
         if self.dialect.default_domain is None and not self.address.url_named and transport is None:
             engine = LocalEngine(state_dir or state_directory(), on_wait=on_wait)
 
+        self.verify_state = verify_state
         self._long = max(request_timeout, LONG_REQUEST)
         # Of the time that a create has, the end in which it is looked for if its answer was lost.
         self._look = min(request_timeout, self._long / 10)
@@ -190,8 +194,12 @@ class Client(ControlPlane):
         Raises:
             NotFoundError: It is gone.
         """
-        grant, _ = await self.grant(sandbox_id, timeout=timeout)
-        return Sandbox(self, grant)
+        grant, resumed = await self.grant(sandbox_id, timeout=timeout)
+        sandbox = Sandbox(self, grant)
+        if resumed:
+            await sandbox.until_ready()
+
+        return sandbox
 
     async def grant(self, sandbox_id: str, *, timeout: int) -> tuple[SandboxGrant, bool]:
         """What `connect` and `Sandbox.resume` share: wakes the sandbox and gives the right to use it.
