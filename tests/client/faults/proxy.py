@@ -11,7 +11,7 @@ import re
 import socket
 import struct
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qs, urlencode, urlsplit
@@ -376,7 +376,7 @@ class Proxy:
             data = [protocol.send(asked), protocol.send(h11.Data(data=body)) if body else b""]
             writer.write(b"".join(part for part in (*data, protocol.send(h11.EndOfMessage())) if part))
 
-            async def events() -> AsyncIterator[h11.Response | h11.Data]:
+            async def events() -> AsyncGenerator[h11.Response | h11.Data, None]:
                 while True:
                     event = protocol.next_event()
                     if event is h11.NEED_DATA:
@@ -431,7 +431,7 @@ class _Connection:
 
     async def request(self) -> tuple[h11.Request, bytes] | None:
         """The next request. None: there is no other."""
-        request = None
+        request: h11.Request | None = None
         body = bytearray()
         while True:
             self._arrived.clear()
@@ -440,8 +440,8 @@ class _Connection:
                     if self.gone.is_set():
                         return None
                     await self._arrived.wait()
-                case h11.Request() as request:
-                    pass
+                case h11.Request() as head:
+                    request = head
                 case h11.Data() as data:
                     body += data.data
                 case h11.EndOfMessage():

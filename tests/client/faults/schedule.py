@@ -70,7 +70,7 @@ class Schedule:
     """
 
     def __init__(self, seed: int, *, quiet: int = 90) -> None:
-        self._seed = seed
+        self.seed = seed
         self._quiet = quiet
         self._asked: Counter[str] = Counter()
         self.drawn: Counter[str] = Counter()
@@ -78,7 +78,7 @@ class Schedule:
     def draw(self, verb: str) -> Fault:
         """The fault of the next request of that kind."""
         self._asked[verb] += 1
-        dice = random.Random(f"{self._seed} {verb} {self._asked[verb]}")
+        dice = random.Random(f"{self.seed} {verb} {self._asked[verb]}")
         weights = {"none": QUIET.get(verb, self._quiet), **OF_VERB.get(verb, COMMON)}
         (kind,) = dice.choices(list(weights), list(weights.values()))
         fault = Fault(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 import sandbox_tools.client.client
 import sandbox_tools.client.sandbox
-from sandbox_tools.client import Client
+from sandbox_tools.client import Client, transport
 from tests.client.faults.proxy import Proxy
 from tests.client.faults.schedule import Schedule
 from tests.client.faults.workload import ALLOWANCE, LONG, LOOK, REQUEST, Workload
@@ -40,7 +41,8 @@ class TcpEngine(EngineProcess):
 @pytest.fixture
 def engine(templates: Path) -> Iterator[TcpEngine]:
     with own_state() as state:
-        engine = TcpEngine(state).start()
+        engine = TcpEngine(state)
+        engine.start()
         yield engine
         engine.clear()
         engine.stop()
@@ -54,14 +56,13 @@ def _short_deadlines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox_tools.client.sandbox, "LOOK_TIMEOUT", LOOK)
 
 
-async def survive(engine: TcpEngine, *, seed: int, operations: int, tasks: int) -> tuple[Workload, Schedule]:
-    """Random operations through a bad network; fails where anything was wrong or is left over."""
+async def survive(engine: TcpEngine, schedule: Schedule, *, operations: int, tasks: int) -> Workload:
+    """Random operations through a bad network; fails where the client leaves anything behind."""
     own_tasks, descriptors = asyncio.all_tasks(), os.listdir("/proc/self/fd")
-    schedule = Schedule(seed)
     async with Proxy("127.0.0.1", engine.port, schedule) as proxy:
         client = Client(provider="local", api_url=proxy.url, api_key=KEY, request_timeout=REQUEST)
         async with Client(provider="local", api_url=engine.url, api_key=KEY) as clean:
-            workload = Workload(client, clean, proxy, seed=seed, secrets={KEY})
+            workload = Workload(client, clean, proxy, seed=schedule.seed, secrets={KEY})
             async with client:
                 await workload.run(operations, tasks=tasks)
 
@@ -72,24 +73,41 @@ async def survive(engine: TcpEngine, *, seed: int, operations: int, tasks: int) 
         assert [] == proxy.failures
 
     assert len(os.listdir("/proc/self/fd")) == len(descriptors)
+    return workload
+
+
+def assert_all_right(workload: Workload) -> None:
     wrong = "\n".join(workload.wrong[:20])
-    assert not wrong, f"seed {seed}, {len(workload.wrong)} wrong:\n{wrong}"
-    return workload, schedule
+    assert not wrong, f"{len(workload.wrong)} wrong:\n{wrong}"
 
 
 async def test_through_a_bad_network_nothing_is_done_twice_lost_or_left_over(engine: TcpEngine) -> None:
-    workload, schedule = await survive(engine, seed=4, operations=100, tasks=5)
+    schedule = Schedule(4)
+    workload = await survive(engine, schedule, operations=250, tasks=5)
 
+    assert_all_right(workload)
     assert len(schedule.drawn) > 30
     assert {verb for verb, _ in workload.outcomes} >= {"create", "run_code", "pause", "connect", "kill", "list"}
+
+
+async def test_a_client_that_repeats_whatever_failed_is_found_out(
+    engine: TcpEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the other tests here look for can be seen by them."""
+    repeat = transport._repeat
+    monkeypatch.setattr(transport, "_repeat", lambda once, again: repeat(once, lambda error: True))
+    workload = await survive(engine, Schedule(4, quiet=10), operations=40, tasks=4)
+
+    assert [wrong for wrong in workload.wrong if wrong.startswith("Sent ")]
 
 
 @pytest.mark.soak
 async def test_five_thousand_operations_through_a_bad_network(
     engine: TcpEngine, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    seed = int(os.environ.get("FAULTS_SEED", "4"))
-    workload, schedule = await survive(engine, seed=seed, operations=5000, tasks=8)
+    schedule = Schedule(int(os.environ.get("FAULTS_SEED", "4")))
+    workload = await survive(engine, schedule, operations=int(os.environ.get("FAULTS_OPERATIONS", "5000")), tasks=8)
 
     with capsys.disabled():
-        print(f"\n{workload.table()}\n\n{schedule.table()}")
+        sys.stdout.write(f"\nseed {schedule.seed}\n{workload.table()}\n{schedule.table()}\n")
+    assert_all_right(workload)
