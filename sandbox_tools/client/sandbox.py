@@ -164,7 +164,7 @@ class Sandbox:
 
     async def resume(self, *, timeout: int = DEFAULT_TIMEOUT) -> None:
         """Wakes it when it is paused; as `Client.connect`, into this object."""
-        self._grant = await self._client.grant(self.id, timeout=timeout)
+        self._grant, _ = await self._client.grant(self.id, timeout=timeout)
 
     async def kill(self) -> bool:
         """As `Client.kill`."""

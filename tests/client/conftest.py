@@ -59,6 +59,9 @@ class Server:
         return JSONResponse(self.grant(sandbox_id), 201)
 
     async def list(self, request: Request) -> Response:
+        if request.method == "POST":
+            return await self.create(request)
+
         self.asked.append(request.url.query)
         start = int(request.query_params.get("nextToken", 0))
         ids = [i for i in self.states if self.states[i] == request.query_params.get("state", self.states[i])]
