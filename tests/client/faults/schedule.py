@@ -57,6 +57,9 @@ OF_VERB: Mapping[str, Mapping[str, int]] = {
     "set_timeout": {**COMMON, "stall": 1},
 }
 
+PATIENT: Mapping[str, Mapping[str, int]] = {"create": {"stall": 1}, "connect": {"stall": 1}}
+"""What takes too long for a short run."""
+
 QUIET = {"list": 50}
 """How often nothing happens, in the same weights."""
 
@@ -67,11 +70,13 @@ class Schedule:
     Args:
         seed: The same seed gives the n-th request of a kind the same fault.
         quiet: Weight of no fault at all beside those above, which add up to some 40.
+        patient: Whether what may take minutes is left without an answer too.
     """
 
-    def __init__(self, seed: int, *, quiet: int = 90) -> None:
+    def __init__(self, seed: int, *, quiet: int = 90, patient: bool = False) -> None:
         self.seed = seed
         self._quiet = quiet
+        self._more = PATIENT if patient else {}
         self._asked: Counter[str] = Counter()
         self.drawn: Counter[str] = Counter()
 
@@ -80,6 +85,7 @@ class Schedule:
         self._asked[verb] += 1
         dice = random.Random(f"{self.seed} {verb} {self._asked[verb]}")
         weights = {"none": QUIET.get(verb, self._quiet), **OF_VERB.get(verb, COMMON)}
+        weights.update(self._more.get(verb, {}))
         (kind,) = dice.choices(list(weights), list(weights.values()))
         fault = Fault(
             kind=kind,

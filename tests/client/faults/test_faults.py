@@ -11,11 +11,12 @@ import httpx
 import pytest
 
 import sandbox_tools.client.client
+import sandbox_tools.client.control
 import sandbox_tools.client.sandbox
 from sandbox_tools.client import Client, transport
 from tests.client.faults.proxy import Proxy
 from tests.client.faults.schedule import Schedule
-from tests.client.faults.workload import ALLOWANCE, LONG, LOOK, REQUEST, Workload
+from tests.client.faults.workload import ALLOWANCE, LONG, LOOK, PAUSE, REQUEST, Workload
 from tests.conftest import own_state
 from tests.machine import PATIENCE, EngineProcess
 
@@ -53,6 +54,7 @@ def engine(templates: Path) -> Iterator[TcpEngine]:
 def _short_deadlines(monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes minutes at most takes seconds here: a request that is never answered is to end in this test."""
     monkeypatch.setattr(sandbox_tools.client.client, "LONG_REQUEST", LONG)
+    monkeypatch.setattr(sandbox_tools.client.control, "LONG_REQUEST", PAUSE)
     monkeypatch.setattr(sandbox_tools.client.sandbox, "LOOK_TIMEOUT", LOOK)
 
 
@@ -105,7 +107,7 @@ async def test_a_client_that_repeats_whatever_failed_is_found_out(
 async def test_five_thousand_operations_through_a_bad_network(
     engine: TcpEngine, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    schedule = Schedule(int(os.environ.get("FAULTS_SEED", "4")))
+    schedule = Schedule(int(os.environ.get("FAULTS_SEED", "4")), patient=True)
     workload = await survive(engine, schedule, operations=int(os.environ.get("FAULTS_OPERATIONS", "5000")), tasks=8)
 
     with capsys.disabled():

@@ -8,12 +8,15 @@ import contextlib
 import json
 import random
 import traceback
+import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from sandbox_tools.client import Client, Sandbox
+from sandbox_tools.client.client import CREATE_KEY
 from sandbox_tools.errors import (
     APIError,
     ConflictError,
@@ -33,10 +36,11 @@ ALLOWANCE = 5.0
 """Seconds beyond its deadline after which an operation counts as hanging; a machine may be loaded."""
 
 REQUEST = 4.0
-LONG = 8.0
+LONG = 20.0
+PAUSE = 60.0 + 2 * 16.0
 CODE = 4.0
 LOOK = 2.0
-"""Seconds: deadlines of control calls, of create, connect and pause, of code, and of finding out why it broke."""
+"""Seconds: deadlines of control calls, of create and connect, of pause, of code, and of finding out why it broke."""
 
 APPEND = """
 globals().setdefault('tokens', []).append({token!r})
@@ -139,7 +143,6 @@ class Workload:
         self._left = 0
         self._made = 0
         self._boxes: list[Box] = []
-        self._lost: dict[str, int] = {}
         self.outcomes: Counter[tuple[str, str]] = Counter()
         self.wrong: list[str] = []
 
@@ -197,7 +200,11 @@ class Workload:
         begun, start = loop.time(), len(self._proxy.ledger)
         patience = dice.random() * 0.3 if dice.random() < 0.06 else None
         task = asyncio.ensure_future(act())
-        await asyncio.wait((task,), timeout=deadline + ALLOWANCE if patience is None else patience)
+        try:
+            await asyncio.wait((task,), timeout=deadline + ALLOWANCE if patience is None else patience)
+        except asyncio.CancelledError:
+            task.cancel()
+            raise
         if not task.done():
             if patience is None:
                 self._is_wrong(f"{verb} on {about} took longer than {deadline} s")
@@ -237,31 +244,45 @@ class Workload:
             self._is_wrong(f"{verb} raised {error!r}, and nobody answers with {error.status_code}")
 
     async def _create(self, dice: random.Random) -> Box | None:
+        """A new sandbox, tried up to three times under one key; or what was left of it, if none of them got it."""
         self._made += 1
         stamp = f"{self._run}-{self._made}."
-        outcome = await self._attempt(
-            "create",
-            lambda: self._client.create(timeout=3600, metadata={RUN: self._run, STAMP: stamp}),
-            dice,
-            deadline=LONG,
-            about=stamp,
-        )
-        rows = [row async for row in self._clean.list(metadata={STAMP: stamp})]
-        if outcome.good:
-            if [row.sandbox_id for row in rows] != [outcome.value.id]:
-                self._is_wrong(f"create gave {outcome.value.id}, and there are {rows}")
-        else:
+        key = uuid.UUID(int=dice.getrandbits(128)).hex if dice.random() < 0.5 else None
+        sandbox: Sandbox | None = None
+        rows: list[SandboxInfo] = []
+        for attempt in range(3):
+            outcome = await self._attempt(
+                "create again" if attempt else "create",
+                partial(
+                    self._client.create,
+                    timeout=3600,
+                    metadata={RUN: self._run, STAMP: stamp},
+                    idempotency_key=key,
+                ),
+                dice,
+                # With a key of the caller's own it is looked for and connected to first.
+                deadline=LONG if key is None else 2 * (LONG + REQUEST),
+                about=stamp,
+            )
+            before, rows = rows, [row async for row in self._clean.list(metadata={STAMP: stamp})]
+            most = 0 if not before and outcome.error is not None and outcome.error.retryable is True else 1
+            if len(rows) > most or len(rows) < len(before):
+                self._is_wrong(f"create came to {outcome!r} (at most {most}), there are {rows}, were {before}")
+            if outcome.good:
+                sandbox = outcome.value
+                if [row.sandbox_id for row in rows] != [sandbox.id]:
+                    self._is_wrong(f"create gave {sandbox.id}, and there are {rows}: {outcome}")
+                break
+
             self._must_be_of_the_tree_of("create", outcome)
-            most = 0 if outcome.error is not None and outcome.error.retryable is True else 1
-            if len(rows) > most:
-                self._is_wrong(f"create came to {outcome!r} (at most {most}), and there are {rows}")
+            if not rows and (key is None or dice.random() < 0.5):
+                return None
+
+            key = rows[0].metadata[CREATE_KEY] if rows else key
         if not rows:
-            self._lost[stamp] = 0
             return None
 
-        # One whose answer was lost is found by its metadata, as the documentation says.
-        self.outcomes["(found)", "ok"] += not outcome.good
-        sandbox = outcome.value or await self._clean.connect(rows[0].sandbox_id)
+        sandbox = sandbox or await self._clean.connect(rows[0].sandbox_id, timeout=3600)
         box = Box(stamp=stamp, sandbox=Sandbox(self._client, sandbox._grant), states={"running"})
         self._boxes.append(box)
         return box
@@ -289,7 +310,10 @@ class Workload:
             execution: Execution = outcome.value
             box.tokens[token] = "once"
             self._expect("run_code", outcome, box, "running", loose)
-            if execution.failure is not None or execution.text != token or dawdles:
+            if execution.failure is not None and execution.failure.name == "ExecutionAborted":
+                # The code before it does not end yet; this one was not run, and says so.
+                box.tokens[token] = "never"
+            elif execution.failure is not None or execution.text != token or dawdles:
                 self._is_wrong(f"run_code gave {execution!r} for {code!r}: {outcome.met}")
         elif isinstance(error, SandboxExpiredError):
             self._expect("run_code", outcome, box, "gone", loose)
@@ -327,7 +351,7 @@ class Workload:
 
     async def _pause(self, box: Box, dice: random.Random, loose: bool = False) -> None:
         start = len(self._proxy.ledger)
-        outcome = await self._verb("pause", box, lambda: self._client.pause(box.id), dice, LONG)
+        outcome = await self._verb("pause", box, lambda: self._client.pause(box.id), dice, PAUSE)
         if outcome.good:
             lost = self._did("pause", box, start)
             if not loose and outcome.value is True and "running" not in box.states:
@@ -458,6 +482,9 @@ class Workload:
             sandbox = await self._clean.connect(box.id, timeout=3600)
             box.states = {"running"}
             execution = await sandbox.run_code(READ)
+            while execution.failure is not None and execution.failure.name == "ExecutionAborted":
+                self.outcomes["(audit)", "waits for code that does not end"] += 1
+                execution = await sandbox.run_code(READ)
             assert execution.text is not None, execution
             for where, tokens in zip(("memory", "file"), ast.literal_eval(execution.text), strict=True):
                 self._count(box, where, Counter(tokens))
