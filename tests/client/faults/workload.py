@@ -92,6 +92,7 @@ class Box:
     """In which of `running`, `paused`, `gone` it may be."""
     tokens: dict[str, str] = field(default_factory=dict)
     """What each piece of code appended: `once`, `maybe` (not more than once) or `never`."""
+    history: list[str] = field(default_factory=list)
     touched: int = 0
     """Odd while something is done to it."""
 
@@ -228,6 +229,9 @@ class Workload:
             outcome.error = SandboxError(str(error))
             self._is_wrong(f"{verb} on {about} raised what is not of the tree: {_whole(error)}")
         self.outcomes[verb, outcome.name] += 1
+        for box in self._boxes:
+            if about == box.id or about in box.tokens:
+                box.history.append(f"{begun:.2f} {loop.time():.2f} {verb} {about}: {outcome.name} of {outcome.met}")
         return outcome
 
     def _read(self, verb: str, error: SandboxError) -> None:
@@ -295,6 +299,7 @@ class Workload:
         code = before.format(token=token) + repr(token)
         timeout = 0.4 if dawdles else CODE
         box.touched += 1
+        box.tokens[token] = "maybe"
         outcome = await self._attempt(
             "run_code",
             lambda: box.sandbox.run_code(code, timeout=timeout),
@@ -304,7 +309,8 @@ class Workload:
         )
         box.touched += 1
         error = outcome.error
-        box.tokens[token] = "never" if error is not None and error.retryable is True else "maybe"
+        if error is not None and error.retryable is True:
+            box.tokens[token] = "never"
         states = box.states
         if outcome.good:
             execution: Execution = outcome.value
@@ -485,7 +491,11 @@ class Workload:
             while execution.failure is not None and execution.failure.name == "ExecutionAborted":
                 self.outcomes["(audit)", "waits for code that does not end"] += 1
                 execution = await sandbox.run_code(READ)
-            assert execution.text is not None, execution
+            if execution.text is None:
+                self._is_wrong(f"{box.id} gave {execution!r} to an audit. It was: {'; '.join(box.history)}")
+                box.tokens = dict.fromkeys(box.tokens, "maybe")
+                execution = await sandbox.run_code(READ)
+            assert execution.text is not None
             for where, tokens in zip(("memory", "file"), ast.literal_eval(execution.text), strict=True):
                 self._count(box, where, Counter(tokens))
         box.touched += 1
