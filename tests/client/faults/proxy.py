@@ -25,6 +25,9 @@ PAGE = "3"
 
 GARBAGE = b"<html><body>Please log in to this network.</body></html>"
 
+STREAMS = {"run_code", "command"}
+"""What ends when its client leaves."""
+
 HOP = {b"connection", b"keep-alive", b"transfer-encoding", b"content-length"}
 
 _VERBS = {
@@ -36,6 +39,7 @@ _VERBS = {
     ("POST", r"(?:/v2)?/sandboxes/([^/]+)/connect"): "connect",
     ("POST", r"/sandboxes/([^/]+)/timeout"): "set_timeout",
     ("POST", r"/execute"): "run_code",
+    ("POST", r"/process.Process/Start"): "command",
 }
 
 
@@ -184,7 +188,7 @@ class Proxy:
         finally:
             gone.cancel()
         if not work.done():
-            if verb == "run_code" and exchange.fault.kind != "cut at once":
+            if verb in STREAMS and exchange.fault.kind != "cut at once":
                 work.cancel()
             raise _Cut
         if (error := work.exception()) is not None:
@@ -237,14 +241,14 @@ class Proxy:
 
         async with self._ask(exchange, request, body) as (head, chunks):
             kind = fault.kind
-            if exchange.verb == "run_code" and kind in ("none", "delay before", "close door"):
+            if exchange.verb in STREAMS and kind in ("none", "delay before", "close door"):
                 await connection.head(head)
                 async for chunk in chunks:
                     await connection.data(chunk)
                 await connection.over()
                 return
 
-            if exchange.verb == "run_code" and kind in ("truncate", "garbage line", "stall"):
+            if exchange.verb in STREAMS and kind in ("truncate", "garbage line", "stall"):
                 await self._break_stream(connection, head, chunks, fault)
                 return
 
@@ -549,6 +553,6 @@ def _refusal(fault: Fault, request: h11.Request) -> _Answer:
         case "html":
             body, kind = b"<html><body><h1>Bad Gateway</h1></body></html>", b"text/html"
         case _:
-            told = b"\r\n".join(name + b": " + value for name, value in request.headers)
+            told = b"\r\n".join(name + b": " + value for name, value in sorted(request.headers, reverse=True))
             body, kind = b"The server failed to answer this request:\r\n" + told, b"text/plain"
     return _Answer(status=fault.status, headers=[(b"Content-Type", kind)], body=body)

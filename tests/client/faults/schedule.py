@@ -51,6 +51,7 @@ COMMON: Mapping[str, int] = {
 
 OF_VERB: Mapping[str, Mapping[str, int]] = {
     "run_code": {**COMMON, "stall": 1, "garbage line": 2, "trickle": 6},
+    "command": {**COMMON, "stall": 1, "garbage line": 1},
     "list": {**COMMON, "stall": 1, "overlap": 12, "shuffle": 12, "repeat": 8, "unfiltered": 6, "no end": 2},
     "info": {**COMMON, "stall": 1},
     "kill": {**COMMON, "stall": 1},

@@ -12,7 +12,7 @@ import pytest
 
 import sandbox_tools.client.client
 import sandbox_tools.client.control
-import sandbox_tools.client.sandbox
+import sandbox_tools.client.exchange
 from sandbox_tools.client import Client, transport
 from tests.client.faults.proxy import Proxy
 from tests.client.faults.schedule import Schedule
@@ -55,7 +55,7 @@ def _short_deadlines(monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes minutes at most takes seconds here: a request that is never answered is to end in this test."""
     monkeypatch.setattr(sandbox_tools.client.client, "LONG_REQUEST", LONG)
     monkeypatch.setattr(sandbox_tools.client.control, "LONG_REQUEST", PAUSE)
-    monkeypatch.setattr(sandbox_tools.client.sandbox, "LOOK_TIMEOUT", LOOK)
+    monkeypatch.setattr(sandbox_tools.client.exchange, "LOOK_TIMEOUT", LOOK)
 
 
 async def survive(engine: TcpEngine, schedule: Schedule, *, operations: int, tasks: int) -> Workload:

@@ -30,7 +30,7 @@ from sandbox_tools.errors import (
     TransportError,
 )
 from sandbox_tools.models import Execution, SandboxInfo
-from tests.client.faults.proxy import Proxy
+from tests.client.faults.proxy import STREAMS, Proxy
 
 ALLOWANCE = 5.0
 """Seconds beyond its deadline after which an operation counts as hanging; a machine may be loaded."""
@@ -40,7 +40,9 @@ LONG = 20.0
 PAUSE = 60.0 + 2 * 16.0
 CODE = 4.0
 LOOK = 2.0
-"""Seconds: deadlines of control calls, of create and connect, of pause, of code, and of finding out why it broke."""
+READY = CHECK = 5.0
+"""Seconds: deadlines of control calls, of create and connect, of pause, of code, of finding out why it broke, of the
+wait for a sandbox that was resumed, and of leaving a mark in it or looking for it."""
 
 APPEND = """
 globals().setdefault('tokens', []).append({token!r})
@@ -50,7 +52,8 @@ TALK = "import time\nfor n in range(20): print(n, flush=True); time.sleep(0.01)\
 DAWDLE = "import time; print('begun', flush=True); time.sleep(3)\n"
 READ = """
 import os
-(globals().get('tokens', []), open('/tmp/tokens').read().split() if os.path.exists('/tmp/tokens') else [])
+def read(path): return open(path).read().split() if os.path.exists(path) else []
+(globals().get('tokens', []), read('/tmp/tokens'), read('/tmp/commands'))
 """
 
 RUN, STAMP = "run", "stamp"
@@ -308,10 +311,6 @@ class Workload:
             about=token,
         )
         box.touched += 1
-        error = outcome.error
-        if error is not None and error.retryable is True:
-            box.tokens[token] = "never"
-        states = box.states
         if outcome.good:
             execution: Execution = outcome.value
             box.tokens[token] = "once"
@@ -321,17 +320,47 @@ class Workload:
                 box.tokens[token] = "never"
             elif execution.failure is not None or execution.text != token or dawdles:
                 self._is_wrong(f"run_code gave {execution!r} for {code!r}: {outcome.met}")
-        elif isinstance(error, SandboxExpiredError):
-            self._expect("run_code", outcome, box, "gone", loose)
-        elif type(error) is SandboxStateError:
-            self._expect("run_code", outcome, box, "paused", loose)
-        elif isinstance(error, (SandboxBusyError, ConflictError)):
-            if not loose and len(states) == 1:
-                self._is_wrong(f"run_code came to {outcome!r}, and nothing was changing {box.id} ({states})")
-        elif isinstance(error, NotFoundError):
-            self._is_wrong(f"run_code came to {error!r}")
         else:
-            self._must_be_of_the_tree_of("run_code", outcome)
+            self._not_run("run_code", outcome, box, token, loose)
+
+    async def _command(self, box: Box, dice: random.Random, loose: bool = False) -> None:
+        self._made += 1
+        token = f"c{self._made}."
+        box.touched += 1
+        box.tokens[token] = "maybe"
+        outcome = await self._attempt(
+            "command",
+            lambda: box.sandbox.commands.run(f"echo {token} >>/tmp/commands; echo {token}", timeout=CODE),
+            dice,
+            # And the time in which one that nobody waits for is killed.
+            deadline=CODE + LOOK + 5.0,
+            about=token,
+        )
+        box.touched += 1
+        if outcome.good:
+            box.tokens[token] = "once"
+            self._expect("command", outcome, box, "running", loose)
+            if (outcome.value.exit_code, outcome.value.stdout) != (0, token + "\n"):
+                self._is_wrong(f"command {token} gave {outcome!r}")
+        else:
+            self._not_run("command", outcome, box, token, loose)
+
+    def _not_run(self, verb: str, outcome: Outcome, box: Box, token: str, loose: bool) -> None:
+        """The code or command came to nothing."""
+        error = outcome.error
+        if error is not None and error.retryable is True:
+            box.tokens[token] = "never"
+        if isinstance(error, SandboxExpiredError):
+            self._expect(verb, outcome, box, "gone", loose)
+        elif type(error) is SandboxStateError:
+            self._expect(verb, outcome, box, "paused", loose)
+        elif isinstance(error, (SandboxBusyError, ConflictError)):
+            if not loose and len(box.states) == 1:
+                self._is_wrong(f"{verb} came to {outcome!r}, and nothing was changing {box.id} ({box.states})")
+        elif isinstance(error, NotFoundError):
+            self._is_wrong(f"{verb} came to {outcome!r}")
+        else:
+            self._must_be_of_the_tree_of(verb, outcome)
 
     async def _info(self, box: Box, dice: random.Random, loose: bool = False) -> None:
         outcome = await self._verb("info", box, lambda: self._client.info(box.id), dice, REQUEST)
@@ -344,7 +373,12 @@ class Workload:
             self._failed("info", outcome, box, loose)
 
     async def _connect(self, box: Box, dice: random.Random, loose: bool = False) -> None:
-        outcome = await self._verb("connect", box, lambda: self._client.connect(box.id, timeout=3600), dice, LONG)
+        if dice.random() < 0.5:
+            await self._resume(box, dice, loose)
+            return
+
+        act = partial(self._client.connect, box.id, timeout=3600)
+        outcome = await self._verb("connect", box, act, dice, LONG + READY)
         if outcome.good:
             if outcome.value.id != box.id:
                 self._is_wrong(f"connect to {box.id} gave {outcome.value.id}")
@@ -355,9 +389,21 @@ class Workload:
         else:
             self._failed("connect", outcome, box, loose, maybe="running")
 
+    async def _resume(self, box: Box, dice: random.Random, loose: bool = False) -> None:
+        """As connect, but looks for what the pause has left; a sound sandbox is never said to have lost anything."""
+        act = partial(box.sandbox.resume, timeout=3600)
+        outcome = await self._verb("resume", box, act, dice, LONG + READY + CHECK + LOOK)
+        if outcome.good:
+            if box.states == {"gone"}:
+                self._is_wrong(f"resume woke {box.id}, which is gone")
+            box.states = box.states if loose else {"running"}
+        else:
+            self._failed("resume", outcome, box, loose, maybe="running")
+
     async def _pause(self, box: Box, dice: random.Random, loose: bool = False) -> None:
         start = len(self._proxy.ledger)
-        outcome = await self._verb("pause", box, lambda: self._client.pause(box.id), dice, PAUSE)
+        act = box.sandbox.pause if dice.random() < 0.5 else partial(self._client.pause, box.id)
+        outcome = await self._verb("pause", box, act, dice, CHECK + LOOK + PAUSE)
         if outcome.good:
             lost = self._did("pause", box, start)
             if not loose and outcome.value is True and "running" not in box.states:
@@ -496,12 +542,15 @@ class Workload:
                 box.tokens = dict.fromkeys(box.tokens, "maybe")
                 execution = await sandbox.run_code(READ)
             assert execution.text is not None
-            for where, tokens in zip(("memory", "file"), ast.literal_eval(execution.text), strict=True):
-                self._count(box, where, Counter(tokens))
+            kinds = (("memory", "t"), ("file", "t"), ("commands' file", "c"))
+            for (where, kind), tokens in zip(kinds, ast.literal_eval(execution.text), strict=True):
+                self._count(box, where, kind, Counter(tokens))
         box.touched += 1
 
-    def _count(self, box: Box, where: str, found: Counter[str]) -> None:
+    def _count(self, box: Box, where: str, kind: str, found: Counter[str]) -> None:
         for token, known in box.tokens.items():
+            if not token.startswith(kind):
+                continue
             right = {"once": (1,), "maybe": (0, 1), "never": (0,)}[known]
             if found.pop(token, 0) not in right:
                 self._is_wrong(f"{token} should be {known} in the {where} of {box.id}, and is not")
@@ -528,8 +577,8 @@ class Workload:
             if exchange.verb == "create" and exchange.answer:
                 stamp = json.loads(exchange.body)["metadata"][STAMP]
                 made.setdefault(stamp, set()).add(exchange.answer["sandboxID"])
-            elif exchange.verb == "run_code" and exchange.forwarded:
-                sent[exchange.body.decode()] += 1
+            elif exchange.verb in STREAMS and exchange.forwarded:
+                sent[exchange.body.decode("latin-1")] += 1
         self.wrong += [f"Create {stamp} made {ids}" for stamp, ids in made.items() if len(ids) > 1]
         self.wrong += [f"Sent {count} times: {code}" for code, count in sent.items() if count > 1]
 
