@@ -23,6 +23,7 @@ from sandbox_tools.client.transport import IDEMPOTENCY_KEY, LONG_REQUEST, Transp
 from sandbox_tools.errors import (
     APIError,
     ConfigError,
+    ConflictError,
     NotFoundError,
     ProtocolError,
     SandboxError,
@@ -59,6 +60,8 @@ class Client(ControlPlane):
         api_url: None: from the environment, else the provider's own, else the local engine's Unix socket.
         request_timeout: Seconds for one call to the control plane with all its repeats. Those that may move gigabytes
             (create, connect, fork, snapshot) have at least 600 s, and a pause has what the sandbox's size demands.
+        verify_state: Whether `Sandbox.pause` leaves a mark in the sandbox and `Sandbox.resume` looks for it: a small
+            request to the sandbox before the pause, and two at once after the resume.
         state_dir: Which local engine. None: `paths.state_directory()`. Other providers do not use it.
         on_wait: Called with a sentence while the local engine is being started. None: nobody is told.
         transport: Replaces the network, for tests.
@@ -74,6 +77,7 @@ class Client(ControlPlane):
         api_key: str | None = None,
         api_url: str | None = None,
         request_timeout: float = 60.0,
+        verify_state: bool = True,
         state_dir: Path | None = None,
         on_wait: Callable[[str], None] | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
@@ -87,6 +91,7 @@ class Client(ControlPlane):
         if self.dialect.default_domain is None and not self.address.url_named and transport is None:
             engine = LocalEngine(state_dir or state_directory(), on_wait=on_wait)
 
+        self.verify_state = verify_state
         self._long = max(request_timeout, LONG_REQUEST)
         # Of the time that a create has, the end in which it is looked for if its answer was lost.
         self._look = min(request_timeout, self._long / 10)
@@ -189,8 +194,12 @@ class Client(ControlPlane):
         Raises:
             NotFoundError: It is gone.
         """
-        grant, _ = await self.grant(sandbox_id, timeout=timeout)
-        return Sandbox(self, grant)
+        grant, resumed = await self.grant(sandbox_id, timeout=timeout)
+        sandbox = Sandbox(self, grant)
+        if resumed:
+            await sandbox._until_ready()
+
+        return sandbox
 
     async def grant(self, sandbox_id: str, *, timeout: int) -> tuple[SandboxGrant, bool]:
         """What `connect` and `Sandbox.resume` share: wakes the sandbox and gives the right to use it.
@@ -244,7 +253,9 @@ class Client(ControlPlane):
 
         code, said = (result.error.code, result.error.message) if result.error else (500, "no reason given")
         msg = f"A copy could not be made: {self.transport.quoted(said)!r}. Fork again if you need it."
-        return error_for_status(code)(msg, status_code=code, op="fork", sandbox_id=sandbox_id)
+        # A 404 is about something else than the original, which must not be taken for gone.
+        cls = APIError if code == 404 else error_for_status(code)
+        return cls(msg, status_code=code, op="fork", sandbox_id=sandbox_id)
 
     async def _made_with(self, key: str, timeout: int) -> Sandbox | None:
         """The sandbox whose create had that key. None: there is none now."""
@@ -270,7 +281,7 @@ class Client(ControlPlane):
                             return made
                     except (TransportError, APIError) as error:
                         # A broken look is repeated, like the create itself; a refused one would be refused again.
-                        if error.retryable is False:
+                        if error.retryable is False and not isinstance(error, ConflictError):
                             break
 
         return None

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sandbox_tools.errors import ConfigError
-from sandbox_tools.models import CreateRequest, SandboxGrant
+from sandbox_tools.models import ENVD_PORT, INTERPRETER_PORT, CreateRequest, SandboxGrant
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,16 +126,20 @@ class Dialect:
         """The id that this provider's paths and hosts want."""
         return f"{sandbox_id}-{client_id}" if self.id_has_client and client_id else sandbox_id
 
-    def sandbox_url(self, address: Address, grant: SandboxGrant, port: int) -> str:
-        """The URL of one port of a sandbox."""
-        if address.sandbox_url:
+    def sandbox_url(self, address: Address, grant: SandboxGrant, port: int, *, public: bool = False) -> str:
+        """The URL of one port of a sandbox.
+
+        Args:
+            public: A host of the port's own wherever there are domains, since not all who are given it send headers.
+        """
+        domain = grant.domain or address.domain
+        if address.sandbox_url and not (public and domain and self.default_domain):
             return address.sandbox_url
 
-        domain = grant.domain or address.domain
         if domain is None:
             return address.api_url
 
-        shared = domain in self.shared_domains
+        shared = domain in self.shared_domains and not public
         name = "sandbox" if shared else f"{port}-{self.sandbox_id(grant.sandbox_id, grant.client_id)}"
         return f"{address.scheme}://{name}.{domain}"
 
@@ -145,7 +149,8 @@ class Dialect:
             self.id_header: self.sandbox_id(grant.sandbox_id, grant.client_id),
             self.port_header: str(port),
         }
-        if grant.envd_access_token:
+        # It opens all of the sandbox, so it is no business of a server that somebody runs in there.
+        if grant.envd_access_token and port in (ENVD_PORT, INTERPRETER_PORT):
             headers["X-Access-Token"] = grant.envd_access_token
 
         if grant.traffic_access_token:
@@ -286,7 +291,8 @@ def choose(
         domain = domain or dialect.default_domain
 
     key = _key(dialect, api_key, environ)
-    insecure = (environ.get(dialect.insecure_env, "") if dialect.insecure_env else "").lower() == "true"
+    insecure = bool(dialect.insecure_env) and environ.get(dialect.insecure_env or "", "").lower() == "true"
+    insecure = insecure or (not dialect.key_needed and (named or "").startswith("http:"))
     scheme = "http" if insecure else "https"
     url = (named or (f"{scheme}://api.{domain}" if domain else "http://localhost")).rstrip("/")
     sandbox_url = environ.get(dialect.sandbox_url_env) if dialect.sandbox_url_env else None

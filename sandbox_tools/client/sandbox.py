@@ -3,49 +3,64 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing, suppress
-from typing import TYPE_CHECKING, Any
+from datetime import datetime
+from typing import TYPE_CHECKING
 
 import httpx
-from pydantic import ValidationError
+from pydantic import BaseModel, TypeAdapter
 
+from sandbox_tools.client import sentinel
 from sandbox_tools.client.codec import EventDecoder, ExecutionCollector
-from sandbox_tools.client.transport import close, retry_after, translate
+from sandbox_tools.client.commands import Commands
+from sandbox_tools.client.exchange import ask, cut, exchange, parsed
+from sandbox_tools.client.files import Files
+from sandbox_tools.client.transport import close
+from sandbox_tools.client.wire import path_part
 from sandbox_tools.errors import (
-    APIError,
     ConfigError,
     ExecutionTimeoutError,
     NotFoundError,
     ProtocolError,
-    SandboxBusyError,
     SandboxError,
-    SandboxExpiredError,
-    SandboxStateError,
+    StateLostError,
     TransportError,
-    error_for_status,
 )
 from sandbox_tools.models import (
     DEFAULT_TIMEOUT,
+    ENVD_PORT,
     INTERPRETER_PORT,
+    CodeContext,
     Ended,
-    ErrorBody,
     Execution,
     ExecutionEvent,
+    Metric,
     SandboxGrant,
     SandboxInfo,
+    SnapshotInfo,
 )
 
 if TYPE_CHECKING:
     from sandbox_tools.client.client import Client
-
-LOOK_TIMEOUT = 10.0
-"""Seconds to find out why a stream broke."""
+    from sandbox_tools.client.sentinel import Sentinel
 
 LAST_BYTES_TIMEOUT = 2.0
 """Seconds between the last event and the end of its stream."""
 
-REFUSAL_LIMIT = 64 * 1024
+UNREADY = frozenset((409, 502, 503, 504))
+"""What a provider's edge answers while it does not lead to the sandbox yet."""
+
+READY_LIMIT = 5.0
+"""Seconds that a sandbox which was just resumed is given to answer at its own address."""
+
+
+class _Contexts(BaseModel):
+    contexts: list[CodeContext]  # PPIO may put the list into an object
+
+
+_CONTEXT = TypeAdapter(CodeContext)
+_CONTEXTS: TypeAdapter[list[CodeContext] | _Contexts] = TypeAdapter(list[CodeContext] | _Contexts)
 
 
 class Sandbox:
@@ -56,6 +71,14 @@ class Sandbox:
         self._grant = grant
         self.id = client.dialect.sandbox_id(grant.sandbox_id, grant.client_id)
         self.template_id = grant.template_id
+        self.commands = Commands(self)
+        self.files = Files(self)
+        self.sentinel: Sentinel | None = None
+        """What the last pause left behind to be checked, for another process as well. None: nothing was left."""
+        self._checked: Sentinel | None = None
+        self._planting = asyncio.Lock()
+        self._asleep = False
+        """Whether it was paused and nothing has been sent to it since."""
 
     async def run_code(
         self,
@@ -123,29 +146,20 @@ class Sandbox:
             raise ConfigError(msg, op="run_code", sandbox_id=self.id)
 
         body = {"code": code, "context_id": context, "language": language, "env_vars": dict(env) if env else None}
-        end = None if timeout is None else asyncio.get_running_loop().time() + timeout
-        try:
-            async with asyncio.timeout_at(end):
-                response = await self._open(body)
-        except TimeoutError:
-            raise self._too_long(timeout) from None
-
         decoder = EventDecoder()
-        try:
-            if response.status_code != 200:
-                raise await self._refusal(response)
-
-            chunks = response.aiter_bytes()
+        chunks = exchange(
+            self,
+            "run_code",
+            "POST",
+            INTERPRETER_PORT,
+            "/execute",
+            json=body,
+            end=None if timeout is None else asyncio.get_running_loop().time() + timeout,
+            late=self._too_long(timeout),
+        )
+        async with aclosing(chunks):
             while True:
-                # The limit is around each read, not around a `yield`: it must not cancel the consumer's own code.
-                try:
-                    async with asyncio.timeout_at(end):
-                        chunk = await anext(chunks, None)
-                except TimeoutError:
-                    raise self._too_long(timeout) from None
-                except httpx.HTTPError as error:
-                    raise await self._cut(translate(error, op="run_code", sandbox_id=self.id)) from error
-
+                chunk = await anext(chunks, None)
                 for event in decoder.close() if chunk is None else decoder.feed(chunk):
                     yield event
                     if isinstance(event, Ended):
@@ -154,17 +168,122 @@ class Sandbox:
 
                 if chunk is None:
                     msg = "The answer to `run_code` ended before the code did. Run something small to see what is left."
-                    raise await self._cut(ProtocolError(msg, op="run_code", sandbox_id=self.id))
-        finally:
-            await close(response)
+                    raise await cut(self, ProtocolError(msg, op="run_code", sandbox_id=self.id))
 
-    async def pause(self) -> bool:
-        """As `Client.pause`."""
-        return await self._client.pause(self.id)
+    async def create_context(self, *, language: str | None = None, cwd: str | None = None) -> CodeContext:
+        """Makes a code context: variables of its own, for `run_code(context=...)`.
+
+        If this is cancelled or its answer is lost, a context may exist that `list_contexts` shows.
+
+        Args:
+            language: None: Python.
+            cwd: Where its code begins. None: the sandbox's own default.
+        """
+        body = {name: value for name, value in (("language", language), ("cwd", cwd)) if value is not None}
+        answer = await ask(self, "create_context", "POST", INTERPRETER_PORT, "/contexts", json=body)
+        return parsed(self, "create_context", _CONTEXT.validate_json, answer)
+
+    async def list_contexts(self) -> list[CodeContext]:
+        """All code contexts, the default ones included."""
+        answer = await ask(self, "list_contexts", "GET", INTERPRETER_PORT, "/contexts")
+        rows = parsed(self, "list_contexts", _CONTEXTS.validate_json, answer)
+        return rows if isinstance(rows, list) else rows.contexts
+
+    async def restart_context(self, context_id: str) -> None:
+        """Ends a context's code and variables, and starts it afresh under the same id.
+
+        Raises:
+            NotFoundError: There is no such context.
+        """
+        op = "restart_context"
+        await ask(self, op, "POST", INTERPRETER_PORT, f"/contexts/{path_part(op, context_id)}/restart")
+
+    async def remove_context(self, context_id: str) -> bool:
+        """Ends a context. False: there was none of that id."""
+        op = "remove_context"
+        try:
+            await ask(self, op, "DELETE", INTERPRETER_PORT, f"/contexts/{path_part(op, context_id)}")
+        except NotFoundError:
+            return False
+
+        return True
+
+    def url(self, port: int) -> str:
+        """The URL of a server inside that listens on `port`, for any HTTP client that sends `headers(port)` with it.
+
+        Raises:
+            ConfigError: It is reached through the local engine's Unix socket only; the message says how.
+        """
+        if socket := self._client.transport.socket:
+            msg = (
+                f"Port {port} of this sandbox has no address of its own: it is reached over the Unix socket "
+                f"{str(socket)!r}, at `http://localhost` and with `headers({port})`. For an address, serve the engine "
+                "with `sandbox-tools serve --host 127.0.0.1 --port 8080` and set `SANDBOX_TOOLS_API_URL` to it."
+            )
+            raise ConfigError(msg, op="url", sandbox_id=self.id)
+
+        return self._client.dialect.sandbox_url(self._client.address, self._grant, port, public=True)
+
+    def host(self, port: int) -> str:
+        """The host of `url(port)`, with its own port where it has one and without a scheme; raises as `url` does."""
+        return httpx.URL(self.url(port)).netloc.decode()
+
+    def headers(self, port: int) -> dict[str, str]:
+        """What a request to `url(port)` must bring; it holds secrets where the sandbox asks for them."""
+        return self._at(port)[1]
+
+    async def pause(self, *, memory: bool = True) -> bool:
+        """As `Client.pause`, but leaves a mark in memory and in a file before it, which `resume` looks for.
+
+        Only `Client(verify_state=False)` leaves none. Where it cannot be left, the sandbox is paused all the same.
+        """
+        self._client.dialect.require(f"pause(memory={memory})")
+        if self._client.verify_state and not self._asleep:
+            async with self._planting:
+                self.sentinel = await sentinel.plant(self, memory=memory)
+        elif self.sentinel and not memory:
+            self.sentinel = self.sentinel.model_copy(update={"memory": False})
+
+        paused = await self._client.pause(self.id, memory=memory)
+        self._asleep = True
+        return paused
 
     async def resume(self, *, timeout: int = DEFAULT_TIMEOUT) -> None:
-        """Wakes it when it is paused; as `Client.connect`, into this object."""
-        self._grant, _ = await self._client.grant(self.id, timeout=timeout)
+        """Wakes it when it is paused; as `Client.connect`, into this object.
+
+        Raises:
+            StateLostError: It runs and can be used, but its memory or files are older than what was last paused here.
+        """
+        self._grant, resumed = await self._client.grant(self.id, timeout=timeout)
+        planted = self.sentinel
+        # An answer that was lost, or somebody else, may have woken it before: then it runs, and nobody has looked.
+        if resumed or planted is not self._checked:
+            await self._until_ready()
+            if planted:
+                try:
+                    await sentinel.check(self, planted)
+                except StateLostError:
+                    self.sentinel = self._checked = None
+                    raise
+                self._checked = planted
+
+    async def _until_ready(self) -> None:
+        """Returns once a sandbox that was just resumed answers at its own address, or after `READY_LIMIT` seconds."""
+        url, headers = self._at(ENVD_PORT)
+        pause = 0.02
+        with suppress(TimeoutError):
+            async with asyncio.timeout(READY_LIMIT):
+                while True:
+                    with suppress(TransportError):
+                        response = await self._client.transport.open(
+                            "resume", "GET", url + "/health", headers=headers, sandbox_id=self.id, timeout=1.0
+                        )
+                        await close(response)
+                        if response.status_code not in UNREADY:
+                            return
+
+                    await asyncio.sleep(pause)
+                    pause = min(2 * pause, 0.5)
 
     async def kill(self) -> bool:
         """As `Client.kill`."""
@@ -178,85 +297,36 @@ class Sandbox:
         """As `Client.set_timeout`."""
         await self._client.set_timeout(self.id, timeout)
 
-    async def _open(self, body: Mapping[str, Any]) -> httpx.Response:
-        dialect = self._client.dialect
-        return await self._client.transport.open(
-            "run_code",
-            dialect.sandbox_url(self._client.address, self._grant, INTERPRETER_PORT) + "/execute",
-            headers=dialect.sandbox_headers(self._grant, INTERPRETER_PORT),
-            body=body,
-            sandbox_id=self.id,
-        )
+    async def metrics(self, *, start: datetime | None = None, end: datetime | None = None) -> list[Metric]:
+        """As `Client.metrics`."""
+        return await self._client.metrics(self.id, start=start, end=end)
+
+    async def snapshot(self, *, name: str | None = None) -> SnapshotInfo:
+        """As `Client.snapshot`."""
+        return await self._client.snapshot(self.id, name=name)
+
+    async def fork(self, *, count: int = 1, timeout: int = DEFAULT_TIMEOUT) -> list[Sandbox | SandboxError]:
+        """As `Client.fork`."""
+        return await self._client.fork(self.id, count=count, timeout=timeout)
+
+    def _at(self, port: int) -> tuple[str, dict[str, str]]:
+        """The URL of one of its ports, and the headers that a request to it needs."""
+        self._asleep = False  # what is sent there may wake it
+        client = self._client
+        url = client.dialect.sandbox_url(client.address, self._grant, port)
+        return url, client.dialect.sandbox_headers(self._grant, port)
 
     def _too_long(self, timeout: float | None) -> ExecutionTimeoutError:
         msg = (
-            f"The code ran longer than its `timeout` of {timeout:g} s and was interrupted; its variables are kept. "
-            "Pass a longer `timeout`, or let it work in the background."
+            f"The code ran longer than its `timeout` of {timeout or 0:g} s and was interrupted; its variables are "
+            "kept. Pass a longer `timeout`, or let it work in the background."
         )
         return ExecutionTimeoutError(msg, op="run_code", sandbox_id=self.id)
 
-    async def _refusal(self, response: httpx.Response) -> SandboxError:
-        """The error for an answer of the sandbox's own address that is no stream; often plain text."""
-        text = await self._text(response)
-        status = response.status_code
-        if status == 404 and "not found" in text and "Context" in text:
-            msg = f"There is no such code context: {text!r}. Leave `context` out, or make a new one."
-            return NotFoundError(msg, op="run_code", sandbox_id=self.id)
 
-        if status == 404:
-            # Not the word of the sandbox, so nobody may conclude from it that something is gone.
-            msg = f"`run_code` was answered with status 404 and {text!r}. Check the sandbox's template and domain."
-            return ProtocolError(msg, op="run_code", sandbox_id=self.id)
-
-        if status == 409:
-            msg = f"The sandbox is just changing its state: {text!r}. Try again in a moment."
-            return SandboxBusyError(msg, op="run_code", sandbox_id=self.id)
-
-        if status == 502 and "was not found" in text:
-            msg = "The sandbox's address does not lead to it now, and the code was not run. Try again."
-            return await self._cut(TransportError(msg, op="run_code", sandbox_id=self.id, retryable=True))
-
-        cls = error_for_status(status)
-        msg = f"`run_code` was refused with status {status}: {text!r}. Look at the sandbox's state, then try again."
-        wait = retry_after(response.headers.get("retry-after"))
-        return cls(msg, status_code=status, retry_after=wait, op="run_code", sandbox_id=self.id)
-
-    async def _text(self, response: httpx.Response) -> str:
-        body = bytearray()
-        try:
-            async with asyncio.timeout(LOOK_TIMEOUT):
-                async for chunk in response.aiter_bytes():
-                    body += chunk
-                    if len(body) > REFUSAL_LIMIT:
-                        break
-        except (TimeoutError, httpx.HTTPError):
-            pass  # The status alone says enough.
-
-        try:
-            return ErrorBody.model_validate_json(bytes(body)).message
-        except ValidationError:
-            return body.decode("utf-8", "replace")[:200]
-
-    async def _cut(self, error: SandboxError) -> SandboxError:
-        """Why the code's stream broke: the sandbox is gone, it is paused, or, if neither is known, `error` itself."""
-        try:
-            info = await self._client.info(self.id, deadline=LOOK_TIMEOUT)
-        except NotFoundError:
-            msg = "The sandbox is gone: its time ran out or it was killed. Create a new one; its state is lost."
-            return SandboxExpiredError(msg, op="run_code", sandbox_id=self.id)
-        except (APIError, TransportError):
-            return error
-
-        if info.state == "paused":
-            msg = "The sandbox is paused, with its state kept. Resume it, then look at what the code has done."
-            return SandboxStateError(msg, op="run_code", sandbox_id=self.id)
-
-        return error
-
-
-async def _drain(chunks: AsyncIterator[bytes]) -> None:
+async def _drain(chunks: AsyncGenerator[bytes, None]) -> None:
     # A server that is still ending its answer must not take the close for an interrupt.
-    with suppress(TimeoutError, httpx.HTTPError):
+    with suppress(TimeoutError, SandboxError):
         async with asyncio.timeout(LAST_BYTES_TIMEOUT):
             async for _ in chunks:
                 pass

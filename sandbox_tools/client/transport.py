@@ -129,7 +129,7 @@ class Transport:
         self._engine = engine
         self._secrets: dict[str, None] = {}
         self.keep_secret(address.api_key)
-        socket = engine.socket if engine else None
+        self.socket = socket = engine.socket if engine else None
         # No certificates are read for a Unix socket: that takes longer than most calls on it.
         verify = False if socket or inner else httpx.create_ssl_context()
         # A URL that somebody named is meant literally; a provider's own may be behind the environment's proxy.
@@ -178,8 +178,7 @@ class Transport:
 
                 failure = self.refusal(response, op=call.op, sandbox_id=call.sandbox_id)
             except (httpx.HTTPError, httpx.InvalidURL) as error:
-                failure = translate(error, op=call.op, sandbox_id=call.sandbox_id)
-                failure.__cause__ = error
+                failure = self._translated(error, call.op, call.sandbox_id)
 
             # What one attempt may have done, no later one's failure undoes.
             doubt = doubt or may_have_happened(failure)
@@ -210,21 +209,36 @@ class Transport:
         return await self._with_engine(repeated)
 
     async def open(
-        self, op: str, url: str, *, headers: Mapping[str, str], body: Mapping[str, Any], sandbox_id: str
+        self,
+        op: str,
+        method: str,
+        url: str,
+        *,
+        headers: Mapping[str, str],
+        sandbox_id: str,
+        idempotent: bool = False,
+        **content: Any,
     ) -> httpx.Response:
         """Sends one request to a sandbox on a connection of its own; the caller reads the answer and `close`s it.
 
-        It is sent again only if no connection came about, because nobody can know how far sent code has run.
+        Args:
+            idempotent: Whether doing it twice is the same as once. If not, it is sent again only if no connection
+                came about, because nobody can know how far sent code has run.
+            content: The body, and parameters, as httpx's `build_request` takes them.
         """
-        request = self._fresh.build_request("POST", url, headers={"Accept-Encoding": "identity", **headers}, json=body)
+        headers = {"Accept-Encoding": "identity", **headers}
+        request = self._fresh.build_request(method, url, headers=headers, **content)
 
         async def once() -> httpx.Response:
             try:
                 return await self._fresh.send(request, stream=True)
             except (httpx.HTTPError, httpx.InvalidURL) as error:
-                raise translate(error, op=op, sandbox_id=sandbox_id) from error
+                failure = self._translated(error, op, sandbox_id)
 
-        return await self._with_engine(lambda: _repeat(once, lambda error: isinstance(error, ConnectError)))
+            raise failure
+
+        again = _safe_to_repeat if idempotent else lambda error: isinstance(error, ConnectError)
+        return await self._with_engine(lambda: _repeat(once, again))
 
     def refusal(self, response: httpx.Response, *, op: str, sandbox_id: str | None) -> SandboxError:
         """The error for an answer of the control plane that is not 2xx."""
@@ -270,6 +284,15 @@ class Transport:
             text = text.replace(secret, "***")
 
         return text[:QUOTED]
+
+    def _translated(self, error: Exception, op: str, sandbox_id: str | None) -> SandboxError:
+        # A malformed answer is quoted by the library, and then shown as the cause.
+        if (said := self.quoted(str(error))) != str(error)[:QUOTED]:
+            error = type(error)(said)
+
+        failure = translate(error, op=op, sandbox_id=sandbox_id)
+        failure.__cause__ = error
+        return failure
 
     async def _with_engine(self, attempt: Callable[[], Awaitable[T]]) -> T:
         if self._engine is None:

@@ -23,6 +23,7 @@ R = TypeVar("R", SandboxInfo, SnapshotInfo)
 IDLE_PAGES = 3
 """Pages in a row that may bring nothing new: one may be empty, or come twice."""
 
+_ANYTHING = TypeAdapter(Any)
 _OBJECT = TypeAdapter(dict[str, Any])
 _ROWS = TypeAdapter(list[dict[str, Any]] | None)
 
@@ -63,10 +64,18 @@ def moment(op: str, name: str, value: datetime) -> datetime:
 def path_part(op: str, identifier: str) -> str:
     """An id as one part of a path."""
     if not identifier or identifier in (".", ".."):
-        msg = f"`{op}` needs an id, not {identifier!r}. Pass the `id` of a `Sandbox`, or that of a snapshot."
+        msg = f"`{op}` needs an id, not {identifier!r}. Pass the `id` of a sandbox, a snapshot or a context."
         raise ConfigError(msg, op=op)
 
     return urllib.parse.quote(identifier, safe="")
+
+
+def done(response: httpx.Response, op: str, sandbox_id: str | None = None) -> None:
+    """An answer that holds nothing; the login page of a network in between is not one."""
+    try:
+        _ANYTHING.validate_json(response.content or b"null")
+    except ValidationError:
+        raise _shapeless(response, op, sandbox_id) from None
 
 
 def parsed(model: type[M], response: httpx.Response, op: str, sandbox_id: str | None = None) -> M:

@@ -94,8 +94,9 @@ class Server:
         if sandbox_id not in self.states:
             return self.no(404, "no such sandbox")
 
+        woken = self.states[sandbox_id] == "paused"
         self.states[sandbox_id] = "running"
-        return JSONResponse(self.grant(sandbox_id))
+        return JSONResponse(self.grant(sandbox_id), 201 if woken else 200)
 
     async def timeout(self, request: Request) -> Response:
         state = self.states.get(request.path_params["id"])
