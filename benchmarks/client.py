@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -49,6 +50,8 @@ Turn = tuple[list[float], float]
 """The seconds that each call took, and what they took of the CPU on average."""
 Turns = dict[str, dict[str, list[Turn]]]
 """By client and step."""
+Starts = dict[str, list[tuple[float, float]]]
+"""By statement: seconds above those of an interpreter that imports nothing, and those of the CPU."""
 Rows = dict[str, tuple[str, str, float | None]]
 """By label: a step, whom it is compared with, and the ratio that it may have at most."""
 
@@ -117,24 +120,26 @@ async def contestants() -> AsyncIterator[dict[str, Contestant]]:
         }
 
 
-def start(python: Path, code: str) -> float:
-    """Seconds that a fresh interpreter takes for some code, from its start to its end."""
-    started = time.perf_counter()
+def start(python: Path, code: str) -> tuple[float, float]:
+    """Seconds that a fresh interpreter takes for some code, from its start to its end, and those of the CPU."""
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run([str(python), "-c", code], check=True)
-    return time.perf_counter() - started
+    taken, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return taken, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def imports(pythons: dict[str, Path]) -> Samples:
-    """Seconds above those of the same interpreter that imports nothing."""
-    samples: Samples = {statement: [] for statement in IMPORTS}
+def imports(pythons: dict[str, Path]) -> Starts:
+    """What each takes above the same interpreter that imports nothing."""
+    samples: Starts = {statement: [] for statement in IMPORTS}
     for _ in range(STARTS):
         for statement, name in IMPORTS.items():
-            samples[statement].append(start(pythons[name], statement) - start(pythons[name], "pass"))
+            (taken, spent), (idly, idle) = start(pythons[name], statement), start(pythons[name], "pass")
+            samples[statement].append((taken - idly, spent - idle))
     return samples
 
 
-async def measure(rounds: int, console: Console) -> tuple[Turns, Samples, Samples]:
-    """The turns of each client by step, the seconds of imports, and the megabytes of the streams."""
+async def measure(rounds: int, console: Console) -> tuple[Turns, Starts, Samples]:
+    """The turns of each client by step, the starts by statement, and the megabytes of the streams."""
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("calls", total=rounds)
         async with contestants() as these:
@@ -146,12 +151,12 @@ async def measure(rounds: int, console: Console) -> tuple[Turns, Samples, Sample
                         these[name].turns[step].append(await these[name].obey(step, CALLS))
                 progress.advance(task)
         progress.update(task, description="imports")
-        seconds = await asyncio.to_thread(imports, {name: one.python for name, one in these.items()})
+        starts = await asyncio.to_thread(imports, {name: one.python for name, one in these.items()})
         progress.update(task, description="streams")
         async with contestants() as unused:
             # The server ends none before all are open, so an answer says that they were.
             streams = {name: [*map(float, await unused[name].obey("streams", STREAMS))] for name in names[:3]}
-    return {name: one.turns for name, one in these.items()}, seconds, streams
+    return {name: one.turns for name, one in these.items()}, starts, streams
 
 
 def verdict(figure: float, target: float | None) -> str:
@@ -170,23 +175,26 @@ def compared(title: str, rows: Rows, turns: Turns) -> Table:
         ratio = statistics.median(ours) / statistics.median(theirs)
         # Neighbours in time, so that what else the machine does concerns both.
         pairs = [*zip(*sides, strict=True)]
-        low, _, high = statistics.quantiles(statistics.median(a) / statistics.median(b) for (a, _), (b, _) in pairs)
+        ratios = sorted(statistics.median(a) / statistics.median(b) for (a, _), (b, _) in pairs)
+        low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
         spent = statistics.median(a / b for (_, a), (_, b) in pairs)
         figures = (*milliseconds(ours, 2), *milliseconds(theirs, 2), f"{ratio:.2f}", f"{low:.2f}-{high:.2f}")
         table.add_row(label, *figures, f"{spent:.2f}", verdict(ratio, target))
     return table
 
 
-def show(turns: Turns, seconds: Samples, streams: Samples, console: Console) -> None:
+def show(turns: Turns, starts: Starts, streams: Samples, console: Console) -> None:
     for title, rows in TABLES.items():
         console.print(compared(title, rows, turns))
 
     table = Table(title="a fresh interpreter, above one that imports nothing, ms", title_justify="left")
-    for column in ("statement", "p50", "p95", "at most"):
+    for column in ("statement", "p50", "p95", "CPU p50", "at most"):
         table.add_column(column, justify="left" if column == "statement" else "right")
-    for statement, samples in seconds.items():
+    for statement, samples in starts.items():
+        taken, spent = ([*column] for column in zip(*samples, strict=True))
         target = IMPORT_TARGET if "sandbox_tools" in statement else None
-        table.add_row(statement, *milliseconds(samples, 0), verdict(1000 * statistics.median(samples), target))
+        figures = (*milliseconds(taken, 0), milliseconds(spent, 0)[0])
+        table.add_row(statement, *figures, verdict(1000 * statistics.median(taken), target))
     console.print(table)
     loaded = subprocess.run([sys.executable, "-c", LOADED], check=True, capture_output=True, text=True).stdout.split()
     console.print(f"frameworks that the client imports: {', '.join(loaded) or 'none'}")
@@ -206,10 +214,10 @@ def main() -> None:
     console = Console(file=sys.stdout)
     if not console.is_terminal:
         console.width = 110
-    turns, seconds, streams = asyncio.run(measure(arguments.rounds, console))
-    show(turns, seconds, streams, console)
+    turns, starts, streams = asyncio.run(measure(arguments.rounds, console))
+    show(turns, starts, streams, console)
     if arguments.json:
-        arguments.json.write_text(json.dumps({"turns": turns, "imports": seconds, "streams": streams}, indent=1))
+        arguments.json.write_text(json.dumps({"turns": turns, "starts": starts, "streams": streams}, indent=1))
 
 
 if __name__ == "__main__":
