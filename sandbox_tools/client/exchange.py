@@ -11,7 +11,7 @@ import httpx
 from pydantic import ValidationError
 
 from sandbox_tools.client.codec import decoded
-from sandbox_tools.client.transport import close, retry_after, translate
+from sandbox_tools.client.transport import close, retry_after
 from sandbox_tools.errors import (
     APIError,
     ConnectError,
@@ -105,11 +105,11 @@ async def exchange(
         if error is late or isinstance(error, ConnectError):
             raise
 
-        failed = error if isinstance(error, SandboxError) else translate(error, op=op, sandbox_id=sandbox.id)
+        failed = error if isinstance(error, SandboxError) else transport.translated(error, op, sandbox.id)
         if (found := await cut(sandbox, failed)) is error:
             raise
 
-        raise found from error
+        raise found from failed.__cause__ or error
     finally:
         if response is not None:
             await close(response)
@@ -148,7 +148,8 @@ def parsed(sandbox: Sandbox, op: str, parse: Callable[[Any], T], answer: Any) ->
     try:
         return parse(answer)
     except ValidationError:
-        msg = f"`{op}` was answered with {str(answer)[:200]!r}, which is not of the protocol. Check the template."
+        said = sandbox._client.transport.quoted(str(answer))
+        msg = f"`{op}` was answered with {said!r}, which is not of the protocol. Check the template."
         raise ProtocolError(msg, op=op, sandbox_id=sandbox.id) from None
 
 
@@ -164,7 +165,7 @@ def refusal(
     if isinstance(said.get("code"), str):
         return failure(sandbox, op, said, late)
 
-    text = str(said.get("message") or body.decode("utf-8", "replace"))[:200]
+    text = sandbox._client.transport.quoted(str(said.get("message") or body.decode("utf-8", "replace")))
     own = said.get("code") == status and text.startswith("path ")
     if own or (status == 404 and "Context" in text and "not found" in text):
         return _no(sandbox, op, status, text)
@@ -190,7 +191,7 @@ def refusal(
 def failure(sandbox: Sandbox, op: str, said: Any, late: SandboxError | None) -> SandboxError:
     """What Connect's error means."""
     said = said if isinstance(said, dict) else {"message": said}
-    code, text = str(said.get("code")), str(said.get("message", ""))[:500]
+    code, text = str(said.get("code")), sandbox._client.transport.quoted(str(said.get("message", "")))
     if code == "deadline_exceeded" and late is not None:
         return late
 
