@@ -197,7 +197,7 @@ class Client(ControlPlane):
         grant, resumed = await self.grant(sandbox_id, timeout=timeout)
         sandbox = Sandbox(self, grant)
         if resumed:
-            await sandbox.until_ready()
+            await sandbox._until_ready()
 
         return sandbox
 

@@ -11,7 +11,7 @@ import httpx
 from pydantic import ValidationError
 
 from sandbox_tools.client.codec import decoded
-from sandbox_tools.client.transport import close, retry_after
+from sandbox_tools.client.transport import close, may_have_happened, retry_after
 from sandbox_tools.errors import (
     APIError,
     ConnectError,
@@ -148,8 +148,8 @@ def parsed(sandbox: Sandbox, op: str, parse: Callable[[Any], T], answer: Any) ->
     try:
         return parse(answer)
     except ValidationError:
-        said = sandbox._client.transport.quoted(str(answer))
-        msg = f"`{op}` was answered with {said!r}, which is not of the protocol. Check the template."
+        quoted = sandbox._client.transport.quoted(str(answer))[:200]
+        msg = f"`{op}` was answered with {quoted!r}, which is not of the protocol. Check the template."
         raise ProtocolError(msg, op=op, sandbox_id=sandbox.id) from None
 
 
@@ -165,7 +165,7 @@ def refusal(
     if isinstance(said.get("code"), str):
         return failure(sandbox, op, said, late)
 
-    text = sandbox._client.transport.quoted(str(said.get("message") or body.decode("utf-8", "replace")))
+    text = sandbox._client.transport.quoted(str(said.get("message") or body.decode("utf-8", "replace")))[:200]
     own = said.get("code") == status and text.startswith("path ")
     if own or (status == 404 and "Context" in text and "not found" in text):
         return _no(sandbox, op, status, text)
@@ -185,7 +185,14 @@ def refusal(
 
     msg = f"`{op}` was refused with status {status}: {text!r}. Look at the sandbox's state, then try again."
     wait = retry_after(response.headers.get("retry-after"))
-    return error_for_status(status)(msg, status_code=status, retry_after=wait, op=op, sandbox_id=sandbox.id)
+    slug = said.get("error_code")
+    error = error_for_status(status)(
+        msg, status_code=status, error_code=slug, retry_after=wait, op=op, sandbox_id=sandbox.id
+    )
+    if may_have_happened(error):
+        error.retryable = None  # a 503 of something in between, behind which the code may have run
+
+    return error
 
 
 def failure(sandbox: Sandbox, op: str, said: Any, late: SandboxError | None) -> SandboxError:

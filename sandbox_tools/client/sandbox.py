@@ -258,7 +258,7 @@ class Sandbox:
         planted = self.sentinel
         # An answer that was lost, or somebody else, may have woken it before: then it runs, and nobody has looked.
         if resumed or planted is not self._checked:
-            await self.until_ready()
+            await self._until_ready()
             if planted:
                 try:
                     await sentinel.check(self, planted)
@@ -267,7 +267,7 @@ class Sandbox:
                     raise
                 self._checked = planted
 
-    async def until_ready(self) -> None:
+    async def _until_ready(self) -> None:
         """Returns once a sandbox that was just resumed answers at its own address, or after `READY_LIMIT` seconds."""
         url, headers = self._at(ENVD_PORT)
         pause = 0.02

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
+import re
 import time
 from typing import TYPE_CHECKING
 
@@ -40,30 +40,28 @@ class Sentinel(BaseModel):
     count: int
     """Milliseconds since the epoch, but always more than the one before: later marks are told from earlier ones, also
     where several processes plant them."""
-    token: str
     memory: bool = True
     """Whether memory is to come back too. False: the pause keeps files only."""
 
     def text(self) -> str:
         """What is in each place."""
-        return f"{self.sandbox_id} {self.count} {self.token}"
+        return f"{self.sandbox_id} {self.count}"
 
     def is_in(self, found: str) -> bool:
         """Whether a place has this mark or, because others have paused it since, a later one of the same sandbox."""
-        sandbox_id, count, _ = (*found.split(), "", "", "")[:3]
-        later = sandbox_id == self.sandbox_id and count.isdecimal() and int(count) >= self.count
-        return found == self.text() or later
+        mark = re.fullmatch(rf"{re.escape(self.sandbox_id)} (\d{{1,20}})", found, re.ASCII)
+        return mark is not None and int(mark[1]) >= self.count
 
 
 async def plant(sandbox: Sandbox, *, memory: bool = True) -> Sentinel | None:
-    """Leaves a mark in a running sandbox; the one before if it could not be left. None: there is none.
+    """Leaves a mark in a running sandbox, for `check` to find when memory (if that is kept) and files are back.
 
-    Args:
-        memory: Whether memory is to come back too.
+    Returns:
+        The mark before it if it could not be left. None: there was none.
     """
     before = sandbox.sentinel
     count = max(time.time_ns() // 1_000_000, before.count + 1 if before else 0)
-    fresh = Sentinel(sandbox_id=sandbox.id, count=count, token=secrets.token_hex(8), memory=memory)
+    fresh = Sentinel(sandbox_id=sandbox.id, count=count, memory=memory)
     files = [("file", (path, fresh.text().encode())) for path in PLACES.values()]
     try:
         params = {"username": OWNER}

@@ -295,7 +295,19 @@ async def test_a_loss_that_is_seen_counts_although_the_rest_cannot_be_looked_at(
 
 
 @pytest.mark.parametrize(
-    "text", ["", "garbage", "i1", "i1 x y", "i2 {later} t", "i1 {earlier} t", "\N{SUPERSCRIPT TWO} i1 ²", "i1 ² t"]
+    "text",
+    [
+        "",
+        "garbage",
+        "i1",
+        "i1 x",
+        "i2 {later}",
+        "i1 {earlier}",
+        "i1 {later} y",
+        "i1 -{later}",
+        "i1 \N{SUPERSCRIPT TWO}",
+        pytest.param("i1 " + 5000 * "9", id="i1 99..."),
+    ],
 )
 async def test_whatever_else_stands_there_is_a_loss(edge: Edge, at_edge: Sandbox, text: str) -> None:
     await at_edge.pause()
