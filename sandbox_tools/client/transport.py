@@ -177,7 +177,7 @@ class Transport:
 
                 failure = self.refusal(response, op=call.op, sandbox_id=call.sandbox_id)
             except (httpx.HTTPError, httpx.InvalidURL) as error:
-                failure = self._translated(error, call.op, call.sandbox_id)
+                failure = self.translated(error, call.op, call.sandbox_id)
 
             # What one attempt may have done, no later one's failure undoes.
             doubt = doubt or may_have_happened(failure)
@@ -232,7 +232,7 @@ class Transport:
             try:
                 return await self._fresh.send(request, stream=True)
             except (httpx.HTTPError, httpx.InvalidURL) as error:
-                failure = self._translated(error, op, sandbox_id)
+                failure = self.translated(error, op, sandbox_id)
 
             raise failure
 
@@ -284,8 +284,8 @@ class Transport:
 
         return text[:QUOTED]
 
-    def _translated(self, error: Exception, op: str, sandbox_id: str | None) -> SandboxError:
-        # A malformed answer is quoted by the library, and then shown as the cause.
+    def translated(self, error: Exception, op: str, sandbox_id: str | None) -> SandboxError:
+        """As `translate`, with the cause, and without secrets: the library quotes a malformed answer."""
         if (said := self.quoted(str(error))) != str(error)[:QUOTED]:
             error = type(error)(said)
 
