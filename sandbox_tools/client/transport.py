@@ -309,8 +309,7 @@ class Transport:
 
 async def close(response: httpx.Response) -> None:
     """Closes a streamed answer and its connection, also when the caller is cancelled while it does."""
-    # httpx takes locks before it closes the socket, and a cancellation there would leave both open.
-    await completed(response.aclose())
+    await completed(response.aclose())  # httpx takes locks first, where a cancellation would leave both open
 
 
 async def completed(work: Coroutine[Any, Any, None]) -> None:
