@@ -154,14 +154,7 @@ def _loads(data: bytes) -> Any:
 
 
 def decoded(data: bytes, op: str) -> dict[str, Any]:
-    """A message of Connect.
-
-    Args:
-        op: The caller's verb, for errors.
-
-    Raises:
-        ProtocolError: It is none.
-    """
+    """A message of Connect; a `ProtocolError` of the verb `op` where it is none."""
     try:
         value = _loads(data)
     except (ValueError, RecursionError):
@@ -190,15 +183,14 @@ class EnvelopeDecoder:
         """The messages that this chunk completes, each with whether it is the one that ends the stream.
 
         Raises:
-            ProtocolError: This is no envelope, or not one that was asked for. Nothing can be read after that.
+            ProtocolError: This is no envelope, or a compressed one. Nothing can be read after that.
         """
         self._buffer += chunk
         while len(self._buffer) >= ENVELOPE.size:
             flags, length = ENVELOPE.unpack_from(self._buffer)
             if flags & ~LAST or length > self._max_message:
                 msg = (
-                    f"The sandbox sent an envelope with the flags {flags:#04x} and {length} bytes; plain ones of at "
-                    f"most {self._max_message} are read here. Check what answers at its address."
+                    f"`{self._op}` was answered with an envelope of flags {flags:#x} and {length} bytes. Ask for less."
                 )
                 raise ProtocolError(msg, op=self._op)
 
