@@ -16,6 +16,7 @@ from pydantic import TypeAdapter
 from sandbox_tools.client import rpc
 from sandbox_tools.client.codec import ExecutionCollector
 from sandbox_tools.client.exchange import parsed
+from sandbox_tools.client.transport import completed
 from sandbox_tools.errors import (
     ConfigError,
     ExecutionTimeoutError,
@@ -62,7 +63,7 @@ class Commands:
         """Runs a command of bash to its end; one that fails is a result with another `exit_code` than 0.
 
         It is never sent twice. If this is cancelled, the command is killed, unless its start was not yet known: then
-        its `timeout` ends it.
+        only its `timeout` ends it.
 
         Args:
             cwd: None: the user's home.
@@ -78,14 +79,7 @@ class Commands:
             TransportError: The connection broke; the command may be running still, until its `timeout`.
         """
         command = await self.start(
-            cmd,
-            cwd=cwd,
-            env=env,
-            user=user,
-            timeout=timeout,
-            stdin=stdin,
-            on_stdout=on_stdout,
-            on_stderr=on_stderr,
+            cmd, cwd=cwd, env=env, user=user, timeout=timeout, stdin=stdin, on_stdout=on_stdout, on_stderr=on_stderr
         )
         try:
             return await command.wait()
@@ -93,7 +87,7 @@ class Commands:
             raise
         except BaseException:
             # Cancelled, or a callback raised: nobody is left who could end it.
-            await command._end()
+            await completed(command._end())
             raise
         finally:
             await command.disconnect()
@@ -115,15 +109,11 @@ class Commands:
             msg = f"`timeout` is {timeout!r}. Pass a positive number of seconds, or None for no limit."
             raise ConfigError(msg, op="commands.run", sandbox_id=self._sandbox.id)
 
-        config: dict[str, Any] = {"cmd": "/bin/bash", "args": ["-l", "-c", cmd], "envs": dict(env or {})}
-        if cwd is not None:
-            config["cwd"] = cwd
-
-        message = {"process": config, "stdin": stdin}
-        events = rpc.stream(
-            self._sandbox, "process.Process/Start", message, user=user, timeout=timeout, op="commands.run"
-        )
-        return await self._followed(events, "commands.run", on_stdout, on_stderr)
+        process = {"cmd": "/bin/bash", "args": ["-l", "-c", cmd], "envs": dict(env or {})}
+        message = {"process": process if cwd is None else {**process, "cwd": cwd}, "stdin": stdin}
+        op = "commands.run"
+        events = rpc.stream(self._sandbox, "process.Process/Start", message, user=user, timeout=timeout, op=op)
+        return await self._followed(events, op, on_stdout, on_stderr)
 
     async def connect(self, pid: int, *, on_stdout: Told | None = None, on_stderr: Told | None = None) -> Command:
         """Follows a command from now on; what it put out before is not repeated.
@@ -131,9 +121,9 @@ class Commands:
         Raises:
             NotFoundError: There is none of that id, or it ended more than half a minute ago.
         """
-        message = {"process": {"pid": pid}}
-        events = rpc.stream(self._sandbox, "process.Process/Connect", message, op="commands.connect")
-        return await self._followed(events, "commands.connect", on_stdout, on_stderr)
+        op = "commands.connect"
+        events = rpc.stream(self._sandbox, "process.Process/Connect", {"process": {"pid": pid}}, op=op)
+        return await self._followed(events, op, on_stdout, on_stderr)
 
     async def kill(self, pid: int) -> bool:
         """Kills a command and the processes of its group.
@@ -157,11 +147,11 @@ class Commands:
     async def _followed(
         self, events: AsyncGenerator[dict[str, Any], None], op: str, on_stdout: Told | None, on_stderr: Told | None
     ) -> Command:
+        first: Any = await anext(events, {})
         try:
-            first: Any = await anext(events, {})
             pid = int(first["event"]["start"]["pid"])
             return Command(self._sandbox, pid, events, op, on_stdout, on_stderr)
-        except (TypeError, KeyError) as error:
+        except (TypeError, KeyError, ValueError) as error:
             await events.aclose()
             msg = f"The answer to `{op}` does not begin with a process id. Look at what runs."
             raise ProtocolError(msg, op=op, sandbox_id=self._sandbox.id) from error
@@ -209,7 +199,7 @@ class Command:
                 message = await anext(self._events)
             except ExecutionTimeoutError as error:
                 error.partial = self._collector.execution()
-                await self._end()  # for a server that does not keep to the limit
+                await completed(self._end())  # for a server that does not keep to the limit
                 raise
 
             self._pieces.extend(self._read(message))
@@ -233,7 +223,7 @@ class Command:
             pass
 
         if self._ended is None:
-            msg = f"This is no longer connected to process {self.pid}. Use `commands.connect({self.pid})`."
+            msg = f"This lost process {self.pid} before its end was told. Use `commands.connect({self.pid})`."
             raise TransportError(msg, op=self._op, sandbox_id=self._sandbox.id)
 
         seen = self._collector.execution().model_dump(include=set(CommandResult.model_fields))
@@ -286,7 +276,7 @@ class Command:
                 self._ended = dict(event["end"])
 
             for kind, cls in (("stdout", Stdout), ("stderr", Stderr)):
-                data = base64.b64decode(event.get("data", {}).get(kind, ""))
+                data = base64.b64decode(event.get("data", {}).get(kind, ""), validate=True)
                 if text := self._decoders[cls].decode(data, final="end" in event):
                     yield cls(text=text)
         except (TypeError, KeyError, ValueError, AttributeError) as error:

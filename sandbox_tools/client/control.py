@@ -105,7 +105,7 @@ class ControlPlane:
         Raises:
             ProtocolError: The pages lead nowhere, so that some may be missing.
         """
-        params = {"state": state, "template": template} if state or template else {}
+        params: dict[str, str | None] = {"state": state, "template": template}
         if metadata:
             # The wire's own double encoding; httpx adds the third that a query needs (E2B's SDKs do the same).
             quote = urllib.parse.quote

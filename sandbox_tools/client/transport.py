@@ -6,7 +6,7 @@ import asyncio
 import email.utils
 import time
 import urllib.parse
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -178,7 +178,7 @@ class Transport:
 
                 failure = self.refusal(response, op=call.op, sandbox_id=call.sandbox_id)
             except (httpx.HTTPError, httpx.InvalidURL) as error:
-                failure = self._translated(error, call.op, call.sandbox_id)
+                failure = self.translated(error, call.op, call.sandbox_id)
 
             # What one attempt may have done, no later one's failure undoes.
             doubt = doubt or may_have_happened(failure)
@@ -233,7 +233,7 @@ class Transport:
             try:
                 return await self._fresh.send(request, stream=True)
             except (httpx.HTTPError, httpx.InvalidURL) as error:
-                failure = self._translated(error, op, sandbox_id)
+                failure = self.translated(error, op, sandbox_id)
 
             raise failure
 
@@ -285,8 +285,8 @@ class Transport:
 
         return text[:QUOTED]
 
-    def _translated(self, error: Exception, op: str, sandbox_id: str | None) -> SandboxError:
-        # A malformed answer is quoted by the library, and then shown as the cause.
+    def translated(self, error: Exception, op: str, sandbox_id: str | None) -> SandboxError:
+        """As `translate`, with the cause, and without secrets: the library quotes a malformed answer."""
         if (said := self.quoted(str(error))) != str(error)[:QUOTED]:
             error = type(error)(said)
 
@@ -313,12 +313,16 @@ async def close(response: httpx.Response) -> None:
     if response.is_closed:
         return  # It was read to its end, which closes it.
 
-    # httpx takes locks before it closes the socket, and a cancellation there would leave both open.
-    closing = asyncio.create_task(response.aclose())
+    await completed(response.aclose())  # httpx takes locks first, where a cancellation would leave both open
+
+
+async def completed(work: Coroutine[Any, Any, None]) -> None:
+    """Awaits what must come to its end, and only then lets a cancellation of the caller through."""
+    task = asyncio.create_task(work)
     try:
-        await asyncio.shield(closing)
+        await asyncio.shield(task)
     except asyncio.CancelledError:
-        await closing
+        await task
         raise
 
 
