@@ -138,9 +138,10 @@ def _parse(line: bytes) -> ExecutionEvent | None:
         kind = data["type"]
         event = _EVENTS.get(kind)
         return event.model_validate(data) if event else None
-    except (ValueError, TypeError, KeyError, RecursionError, ValidationError) as error:
-        msg = f"The sandbox sent a line that is not an event: {line[:200]!r}. Check what answers at its address."
-        raise ProtocolError(msg, op="run_code") from error
+    except (ValueError, TypeError, KeyError, RecursionError, ValidationError):
+        msg = f"The sandbox sent a line of {len(line)} bytes that is not an event. Check what answers at its address."
+        # Neither the line nor pydantic's error is shown: a server may quote a token.
+        raise ProtocolError(msg, op="run_code") from None
 
 
 def _loads(data: bytes) -> Any:
@@ -159,7 +160,7 @@ def decoded(data: bytes, op: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        msg = f"`{op}` was answered with something that is not JSON of Connect. Check what answers at its address."
+        msg = f"The sandbox sent {len(data)} bytes that are not a message. Check what answers at its address."
         raise ProtocolError(msg, op=op)
 
     return value

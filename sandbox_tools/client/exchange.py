@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -11,7 +11,7 @@ import httpx
 from pydantic import ValidationError
 
 from sandbox_tools.client.codec import decoded
-from sandbox_tools.client.transport import close, completed, may_have_happened, retry_after, translate
+from sandbox_tools.client.transport import may_have_happened, retry_after
 from sandbox_tools.errors import (
     APIError,
     ConnectError,
@@ -120,11 +120,11 @@ async def exchange(
         if error is late or isinstance(error, ConnectError):
             raise
 
-        failed = error if isinstance(error, SandboxError) else translate(error, op=op, sandbox_id=sandbox.id)
+        failed = error if isinstance(error, SandboxError) else transport.translated(error, op, sandbox.id)
         if (found := await cut(sandbox, failed)) is error:
             raise
 
-        raise found from error
+        raise found from failed.__cause__ or error
     finally:
         if response is not None:
             await close(response)
@@ -245,6 +245,24 @@ async def cut(sandbox: Sandbox, error: SandboxError) -> SandboxError:
         return SandboxStateError(msg, op=error.op, sandbox_id=sandbox.id)
 
     return error
+
+
+async def close(response: httpx.Response) -> None:
+    """Closes a streamed answer and its connection, also when the caller is cancelled while it does."""
+    if response.is_closed:
+        return  # It was read to its end, which closes it.
+
+    await completed(response.aclose())  # httpx takes locks first, where a cancellation would leave both open
+
+
+async def completed(work: Coroutine[Any, Any, None]) -> None:
+    """Awaits what must come to its end, and only then lets a cancellation of the caller through."""
+    task = asyncio.create_task(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await task
+        raise
 
 
 async def _beginning(response: httpx.Response) -> bytes:

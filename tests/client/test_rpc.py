@@ -399,7 +399,7 @@ async def test_envd_is_reached_at_each_providers_own_address(
     assert ENVD_PORT == 49983
 
 
-@pytest.mark.parametrize("verb", ["call", "command", "background", "read", "write"])
+@pytest.mark.parametrize("verb", ["call", "command", "background", "read", "write", "code"])
 async def test_cancelled_at_any_step_of_the_loop_a_verb_leaves_nothing(
     both: tuple[Loopback, Sandbox], verb: str
 ) -> None:
@@ -408,6 +408,7 @@ async def test_cancelled_at_any_step_of_the_loop_a_verb_leaves_nothing(
     loopback.on(f"/{START}", [HEAD, chunk(begun), chunk(ended), chunk(end()), DONE])
     loopback.on("/process.Process/SendSignal", [plain({})])
     loopback.on(f"/{STAT}", [plain({})])
+    loopback.on("/execute", [HEAD, chunk(b'{"type": "end_of_execution"}\n'), DONE])
     loopback.on("/files", [plain([{"path": "/f", "name": "f"}])])
 
     async def pieces() -> AsyncIterator[bytes]:
@@ -423,6 +424,7 @@ async def test_cancelled_at_any_step_of_the_loop_a_verb_leaves_nothing(
         "call": lambda: rpc.unary(sandbox, STAT, {}, op="test"),
         "command": lambda: sandbox.commands.run("make"),
         "background": background,
+        "code": lambda: sandbox.run_code("1"),
         "read": lambda: sandbox.files.read("f"),
         "write": lambda: sandbox.files.write("f", pieces()),
     }
