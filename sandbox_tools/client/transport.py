@@ -222,8 +222,7 @@ class Transport:
         """Sends one request to a sandbox on a connection of its own; the caller reads the answer and closes it.
 
         Args:
-            idempotent: Whether doing it twice is the same as once. If not, it is sent again only if no connection
-                came about, because nobody can know how far sent code has run.
+            idempotent: Whether it may be done twice. If not, it is sent again only if no connection came about.
             content: The body, and parameters, as httpx's `build_request` takes them.
         """
         headers = {"Accept-Encoding": "identity", **headers}
