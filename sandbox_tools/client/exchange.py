@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -11,7 +11,7 @@ import httpx
 from pydantic import ValidationError
 
 from sandbox_tools.client.codec import decoded
-from sandbox_tools.client.transport import close, may_have_happened, retry_after
+from sandbox_tools.client.transport import may_have_happened, retry_after
 from sandbox_tools.errors import (
     APIError,
     ConnectError,
@@ -81,11 +81,25 @@ async def exchange(
     """
     url, own = sandbox._at(port)
     transport, headers = sandbox._client.transport, {**own, **(headers or {})}
-    response = None
+    response: httpx.Response | None = None
+    sockets: list[Any] = []
+
+    async def trace(event: str, info: Mapping[str, Any]) -> None:
+        if event.endswith(("connect_tcp.complete", "connect_unix_socket.complete", "start_tls.complete")):
+            sockets.append(info["return_value"])
+
     try:
         # The limit is around each wait, not around a `yield`: it must not cancel the consumer's own code.
         async with asyncio.timeout_at(end) as limit:
-            response = await transport.open(op, method, url + path, headers=headers, sandbox_id=sandbox.id, **content)
+            response = await transport.open(
+                op,
+                method,
+                url + path,
+                headers=headers,
+                sandbox_id=sandbox.id,
+                extensions={"trace": trace},
+                **content,
+            )
             if not response.is_success:
                 raise refusal(sandbox, op, response, await _beginning(response), late)
 
@@ -95,6 +109,7 @@ async def exchange(
                 chunk = await anext(chunks, None)
 
             if chunk is None:
+                sockets.clear()
                 return
 
             yield chunk
@@ -113,6 +128,12 @@ async def exchange(
     finally:
         if response is not None:
             await close(response)
+
+        # httpcore forgets a connection that it was cancelled at while it took one of its locks (1.0: just connected,
+        # or while it closed the answer).
+        for socket in sockets:
+            with suppress(Exception):
+                await completed(socket.aclose())
 
 
 async def ask(
@@ -224,6 +245,24 @@ async def cut(sandbox: Sandbox, error: SandboxError) -> SandboxError:
         return SandboxStateError(msg, op=error.op, sandbox_id=sandbox.id)
 
     return error
+
+
+async def close(response: httpx.Response) -> None:
+    """Closes a streamed answer and its connection, also when the caller is cancelled while it does."""
+    if response.is_closed:
+        return  # It was read to its end, which closes it.
+
+    await completed(response.aclose())  # httpx takes locks first, where a cancellation would leave both open
+
+
+async def completed(work: Coroutine[Any, Any, None]) -> None:
+    """Awaits what must come to its end, and only then lets a cancellation of the caller through."""
+    task = asyncio.create_task(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await task
+        raise
 
 
 async def _beginning(response: httpx.Response) -> bytes:

@@ -6,7 +6,7 @@ import asyncio
 import email.utils
 import time
 import urllib.parse
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -219,11 +219,10 @@ class Transport:
         idempotent: bool = False,
         **content: Any,
     ) -> httpx.Response:
-        """Sends one request to a sandbox on a connection of its own; the caller reads the answer and `close`s it.
+        """Sends one request to a sandbox on a connection of its own; the caller reads the answer and closes it.
 
         Args:
-            idempotent: Whether doing it twice is the same as once. If not, it is sent again only if no connection
-                came about, because nobody can know how far sent code has run.
+            idempotent: Whether it may be done twice. If not, it is sent again only if no connection came about.
             content: The body, and parameters, as httpx's `build_request` takes them.
         """
         headers = {"Accept-Encoding": "identity", **headers}
@@ -306,24 +305,6 @@ class Transport:
             self._engine.lost()
             await self._engine.ready()
             return await attempt()
-
-
-async def close(response: httpx.Response) -> None:
-    """Closes a streamed answer and its connection, also when the caller is cancelled while it does."""
-    if response.is_closed:
-        return  # It was read to its end, which closes it.
-
-    await completed(response.aclose())  # httpx takes locks first, where a cancellation would leave both open
-
-
-async def completed(work: Coroutine[Any, Any, None]) -> None:
-    """Awaits what must come to its end, and only then lets a cancellation of the caller through."""
-    task = asyncio.create_task(work)
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await task
-        raise
 
 
 def translate(error: Exception, *, op: str, sandbox_id: str | None) -> SandboxError:

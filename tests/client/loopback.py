@@ -77,7 +77,7 @@ class Loopback:
         if "content-length" in request.headers:
             request.body = await reader.readexactly(int(request.headers["content-length"]))
         elif request.headers.get("transfer-encoding") == "chunked":
-            while size := int(await reader.readline(), 16):
+            while size := int(await reader.readuntil(b"\r\n"), 16):
                 request.body += (await reader.readexactly(size + 2))[:-2]
             await reader.readline()
         return request

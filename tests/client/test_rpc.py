@@ -4,7 +4,7 @@ import asyncio
 import base64
 import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -397,3 +397,50 @@ async def test_envd_is_reached_at_each_providers_own_address(
     }
     assert "k3y" not in str(request.headers.raw)
     assert ENVD_PORT == 49983
+
+
+@pytest.mark.parametrize("verb", ["call", "command", "background", "read", "write", "code"])
+async def test_cancelled_at_any_step_of_the_loop_a_verb_leaves_nothing(
+    both: tuple[Loopback, Sandbox], verb: str
+) -> None:
+    loopback, sandbox = both
+    begun, ended = envelope({"event": {"start": {"pid": 7}}}), envelope({"event": {"end": {"exited": True}}})
+    loopback.on(f"/{START}", [HEAD, chunk(begun), chunk(ended), chunk(end()), DONE])
+    loopback.on("/process.Process/SendSignal", [plain({})])
+    loopback.on(f"/{STAT}", [plain({})])
+    loopback.on("/execute", [HEAD, chunk(b'{"type": "end_of_execution"}\n'), DONE])
+    loopback.on("/files", [plain([{"path": "/f", "name": "f"}])])
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b"a"
+        await asyncio.sleep(0)
+        yield b"b"
+
+    async def background() -> None:
+        async with await sandbox.commands.start("make") as command:
+            await command.wait()
+
+    verbs: dict[str, Callable[[], Coroutine[Any, Any, object]]] = {
+        "call": lambda: rpc.unary(sandbox, STAT, {}, op="test"),
+        "command": lambda: sandbox.commands.run("make"),
+        "background": background,
+        "code": lambda: sandbox.run_code("1"),
+        "read": lambda: sandbox.files.read("f"),
+        "write": lambda: sandbox.files.write("f", pieces()),
+    }
+    await verbs[verb]()
+
+    async with nothing_left():
+        cancelled = 0
+        for steps in range(2000):
+            task = asyncio.create_task(verbs[verb]())
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            if task.done():
+                break
+            task.cancel()
+            await asyncio.wait({task})
+            cancelled += task.cancelled()
+            assert task.cancelled() or task.exception() is None
+        await task
+    assert cancelled > 10
