@@ -1,0 +1,137 @@
+"""Where this client does not send what the vendor's SDK sends, each with its reason: there are no others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tests.client.contract.service import ID
+from tests.client.contract.vendors import LEGACY_ID, TABLES, Flat, Request
+
+
+class _Sign:
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __repr__(self) -> str:
+        return self._name
+
+
+ABSENT = _Sign("ABSENT")
+ANY = _Sign("ANY")
+"""Some text of the client's own making."""
+
+ALL = tuple(TABLES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """One field of some verbs' requests."""
+
+    dialects: tuple[str, ...]
+    verbs: tuple[str, ...]
+    field: tuple[str, ...]
+    theirs: Any
+    ours: Any
+    reason: str
+
+    def apply(self, fields: Flat) -> Flat:
+        """The fields as this client sends them."""
+        assert fields.get(self.field, ABSENT) == self.theirs, f"The SDK does not send this: {self}"
+        rest = {name: value for name, value in fields.items() if name != self.field}
+        return rest if self.ours is ABSENT else {**rest, self.field: self.ours}
+
+
+DIFFERENCES: tuple[Difference, ...] = (
+    # What a sandbox does when its time is up.
+    Difference(
+        dialects=("e2b", "ucloud", "local"),
+        verbs=("create",),
+        field=("body", "autoPause"),
+        theirs=ABSENT,
+        ours=False,
+        reason="Said outright: what a server does where nothing is said is its own affair.",
+    ),
+    Difference(
+        dialects=("e2b", "ucloud", "local"),
+        verbs=("create with nothing said",),
+        field=("body", "autoPause"),
+        theirs=ABSENT,
+        ours=True,
+        reason="The net under a client that dies: its sandbox is paused, and not lost.",
+    ),
+    Difference(
+        dialects=("ppio", "ppio-legacy"),
+        verbs=("create with nothing said",),
+        field=("body", "autoPause"),
+        theirs=False,
+        ours=True,
+        reason="The net under a client that dies: its sandbox is paused, and not lost.",
+    ),
+    Difference(
+        dialects=("ppio-legacy",),
+        verbs=("connect",),
+        field=("body", "autoPause"),
+        theirs=False,
+        ours=True,
+        reason="Connect sets it anew there; off, it would turn the next timeout into a kill.",
+    ),
+    Difference(
+        dialects=("e2b",),
+        verbs=("create with nothing said",),
+        field=("body", "timeout"),
+        theirs=ABSENT,
+        ours=300,
+        reason="The same as the server's default, said so that it is the same everywhere.",
+    ),
+    *(
+        Difference(
+            dialects=("ppio",),
+            verbs=("create", "create with nothing said"),
+            field=("body", *field),
+            theirs=ABSENT,
+            ours=value,
+            reason="As its SDK says it with auto-pause; without a pause there is nothing to wake.",
+        )
+        for field, value in ((("autoResume",), "object"), (("autoResume", "enabled"), False))
+    ),
+    # Where a request goes.
+    *(
+        Difference(
+            dialects=(dialect,),
+            verbs=("run_code", "run_code in a context", "run_code in a language"),
+            field=("header", f"ppio-sandbox-{name}"),
+            theirs=ABSENT,
+            ours=value,
+            reason="As its SDK does for commands and files; leads to the sandbox where one URL stands for all.",
+        )
+        for dialect, sandbox_id in (("ppio", ID), ("ppio-legacy", LEGACY_ID))
+        for name, value in (("id", sandbox_id), ("port", "49999"))
+    ),
+    *(
+        Difference(
+            dialects=("ppio",),
+            verbs=("connect",),
+            field=("header", f"e2b-sandbox-{name}"),
+            theirs=value,
+            ours=ABSENT,
+            reason="The path names the sandbox already, and the control plane needs no port.",
+        )
+        for name, value in (("id", ID), ("port", "49983"))
+    ),
+    Difference(
+        dialects=ALL,
+        verbs=("list",),
+        field=("query", "limit"),
+        theirs=ABSENT,
+        ours="100",
+        reason="The same as the server's default, and its most; said so that pages are as few everywhere.",
+    ),
+)
+
+FURTHER: Mapping[tuple[str, str], tuple[tuple[Request, ...], str]] = {}
+"""By dialect and verb: what this client sends although the SDK has no such call, and why it may."""
+
+REFUSED: Mapping[tuple[str, str], str] = {}
+"""By dialect and verb: what this client refuses before any request, and why."""
