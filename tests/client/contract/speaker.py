@@ -1,4 +1,4 @@
-"""A vendor's SDK, in its own environment, says each verb once: `python -m tests.client.contract.speaker e2b URL VERB ...`.
+"""A vendor's SDK, in its own environment, says each verb once: `python -m tests.client.contract.speaker SDK URL VERB ...`.
 
 Before each verb it tells the recorder which one comes. Runs in an SDK's own environment: the standard library only.
 """

@@ -12,7 +12,7 @@ from tests.client.contract.ours import CALLS
 from tests.client.contract.places import PLACES, Place
 from tests.client.contract.recorder import Recorder
 from tests.client.contract.service import CLIENT_ID, ID, TRAFFIC, well
-from tests.client.contract.vendors import TABLES, Flat, Request, of
+from tests.client.contract.vendors import TABLES, Flat, of
 
 ONE_OF_EACH = ("create", "run_code", "files.read", "commands.run", "list")
 
