@@ -218,3 +218,13 @@ class Execution(BaseModel):
     def text(self) -> str | None:
         """The text of the value of the code's last expression. None: it had none."""
         return next((result.text for result in self.results if result.is_main_result), None)
+
+
+class CodeContext(BaseModel):
+    """A kernel inside a sandbox, with variables of its own."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    id: str
+    language: str
+    cwd: str

@@ -45,6 +45,8 @@ class Client:
         api_url: None: from the environment, else the provider's own, else the local engine's Unix socket.
         request_timeout: Seconds for one call to the control plane with all its repeats. Create, connect and pause,
             which may move gigabytes, have at least 600 s.
+        verify_state: Whether `Sandbox.pause` leaves a mark in the sandbox and `Sandbox.resume` looks for it: a small
+            request to the sandbox before the pause, and two at once after the resume.
         state_dir: Which local engine. None: `paths.state_directory()`. Other providers do not use it.
         on_wait: Called with a sentence while the local engine is being started. None: nobody is told.
         transport: Replaces the network, for tests.
@@ -60,6 +62,7 @@ class Client:
         api_key: str | None = None,
         api_url: str | None = None,
         request_timeout: float = 60.0,
+        verify_state: bool = True,
         state_dir: Path | None = None,
         on_wait: Callable[[str], None] | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
@@ -73,6 +76,7 @@ class Client:
         if self.dialect.default_domain is None and not self.address.url_named and transport is None:
             engine = LocalEngine(state_dir or state_directory(), on_wait=on_wait)
 
+        self.verify_state = verify_state
         self._long = max(request_timeout, LONG_REQUEST)
         self.transport = Transport(self.address, request_timeout=request_timeout, engine=engine, inner=transport)
 
@@ -137,10 +141,15 @@ class Client:
         Raises:
             NotFoundError: It is gone.
         """
-        return Sandbox(self, await self.grant(sandbox_id, timeout=timeout))
+        grant, woken = await self.grant(sandbox_id, timeout=timeout)
+        sandbox = Sandbox(self, grant)
+        if woken:
+            await sandbox.until_ready()
 
-    async def grant(self, sandbox_id: str, *, timeout: int) -> SandboxGrant:
-        """What `connect` and `Sandbox.resume` share: wakes the sandbox and gives the right to use it."""
+        return sandbox
+
+    async def grant(self, sandbox_id: str, *, timeout: int) -> tuple[SandboxGrant, bool]:
+        """What `connect` and `Sandbox.resume` share: the right to use the sandbox, and whether this woke it."""
         body = _body(ConnectRequest, "connect", timeout=_seconds("connect", timeout))
         call = Call(
             op="connect",
@@ -150,9 +159,10 @@ class Client:
             body={**body.model_dump(by_alias=True), **self.dialect.connect_with},
             deadline=self._long,
         )
-        return _parsed(SandboxGrant, await self.transport.send(call), "connect", sandbox_id)
+        response = await self.transport.send(call)
+        return _parsed(SandboxGrant, response, "connect", sandbox_id), response.status_code == 201
 
-    async def pause(self, sandbox_id: str) -> bool:
+    async def pause(self, sandbox_id: str, *, memory: bool = True) -> bool:
         """Puts memory and files on disk and frees the RAM; running streams are cut.
 
         Returns:
@@ -168,7 +178,7 @@ class Client:
             method="POST",
             path=path,
             sandbox_id=sandbox_id,
-            body=self.dialect.pause_body,
+            body=self.dialect.pause_body if memory else {**(self.dialect.pause_body or {}), "memory": False},
             deadline=self._long,
         )
         try:

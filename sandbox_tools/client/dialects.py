@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sandbox_tools.errors import ConfigError
-from sandbox_tools.models import CreateRequest, SandboxGrant
+from sandbox_tools.models import ENVD_PORT, INTERPRETER_PORT, CreateRequest, SandboxGrant
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,13 +94,22 @@ class Dialect:
 
         return f"https://{port}-{self.sandbox_id(grant.sandbox_id, grant.client_id)}.{domain}"
 
+    def public_url(self, address: Address, grant: SandboxGrant, port: int) -> str:
+        """The URL of one port of a sandbox for everybody: a host of its own, where there are domains."""
+        domain = grant.domain or address.domain
+        if self.default_domain is None or domain is None:
+            return self.sandbox_url(address, grant, port)
+
+        return f"https://{port}-{self.sandbox_id(grant.sandbox_id, grant.client_id)}.{domain}"
+
     def sandbox_headers(self, grant: SandboxGrant, port: int) -> dict[str, str]:
         """What routes a request to one port of a sandbox, and the right to use it."""
         headers = {
             self.id_header: self.sandbox_id(grant.sandbox_id, grant.client_id),
             self.port_header: str(port),
         }
-        if grant.envd_access_token:
+        # It opens all of the sandbox, so it is no business of a server that somebody runs in there.
+        if grant.envd_access_token and port in (ENVD_PORT, INTERPRETER_PORT):
             headers["X-Access-Token"] = grant.envd_access_token
 
         if grant.traffic_access_token:

@@ -116,7 +116,7 @@ class Transport:
         self._address = address
         self._request_timeout = request_timeout
         self._engine = engine
-        socket = engine.socket if engine else None
+        self.socket = socket = engine.socket if engine else None
         # No certificates are read for a Unix socket: that takes longer than most calls on it.
         verify = False if socket or inner else httpx.create_ssl_context()
         # A URL that somebody named is meant literally; a provider's own may be behind the environment's proxy.
@@ -175,13 +175,17 @@ class Transport:
         return await self._with_engine(repeated)
 
     async def open(
-        self, op: str, url: str, *, headers: Mapping[str, str], body: Mapping[str, Any], sandbox_id: str
+        self, op: str, method: str, url: str, *, headers: Mapping[str, str], sandbox_id: str, **content: Any
     ) -> httpx.Response:
         """Sends one request to a sandbox on a connection of its own; the caller reads the answer and `close`s it.
 
         It is sent again only if no connection came about, because nobody can know how far sent code has run.
+
+        Args:
+            content: The body, and parameters, as httpx's `build_request` takes them.
         """
-        request = self._fresh.build_request("POST", url, headers={"Accept-Encoding": "identity", **headers}, json=body)
+        headers = {"Accept-Encoding": "identity", **headers}
+        request = self._fresh.build_request(method, url, headers=headers, **content)
 
         async def once() -> httpx.Response:
             try:

@@ -1,0 +1,99 @@
+"""What a pause leaves in a sandbox's memory and files, so that the resume can tell whether both came back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict
+
+from sandbox_tools.errors import NotFoundError, SandboxError, StateLostError
+from sandbox_tools.models import ENVD_PORT
+
+if TYPE_CHECKING:
+    from sandbox_tools.client.sandbox import Sandbox
+
+log = logging.getLogger("sandbox_tools.client")
+
+PLACES = {"memory": "/dev/shm/.sandbox-tools", "files": "/var/tmp/.sandbox-tools"}
+"""Where the mark is. `/dev/shm` is a file system in RAM wherever Linux runs, and a reboot empties it: what is there has
+come back with the memory. No kernel, process or namespace of the user's holds it, so none of them can end with it."""
+
+LIMIT = 5.0
+"""Seconds that planting or checking may take; a sandbox that is slower than that is paused or resumed unverified."""
+
+
+class Sentinel(BaseModel):
+    """One mark, as plain data: what is kept of it lets another process `check` the sandbox."""
+
+    model_config = ConfigDict(frozen=True)
+
+    sandbox_id: str
+    count: int
+    """Milliseconds since the epoch, but always more than the one before: later marks are told from earlier ones, also
+    where several processes plant them."""
+    token: str
+    memory: bool = True
+    """Whether memory is to come back too. False: the pause keeps files only."""
+
+    def text(self) -> str:
+        """What is in each place."""
+        return f"{self.sandbox_id} {self.count} {self.token}"
+
+    def is_in(self, found: str) -> bool:
+        """Whether a place has this mark or, because others have paused it since, a later one of the same sandbox."""
+        sandbox_id, count, _ = (*found.split(), "", "", "")[:3]
+        later = sandbox_id == self.sandbox_id and count.isdecimal() and int(count) >= self.count
+        return found == self.text() or later
+
+
+async def plant(sandbox: Sandbox, *, memory: bool = True) -> Sentinel | None:
+    """Leaves a mark in a running sandbox; the one before if it could not be left. None: there is none.
+
+    Args:
+        memory: Whether memory is to come back too.
+    """
+    before = sandbox.sentinel
+    count = max(time.time_ns() // 1_000_000, before.count + 1 if before else 0)
+    fresh = Sentinel(sandbox_id=sandbox.id, count=count, token=secrets.token_hex(8), memory=memory)
+    files = [("file", (path, fresh.text().encode())) for path in PLACES.values()]
+    try:
+        await sandbox._ask("pause", "POST", ENVD_PORT, "/files", timeout=LIMIT, files=files)
+    except SandboxError as error:
+        log.info("%s is paused without a sentinel: %s", sandbox.id, error)
+        return before.model_copy(update={"memory": memory and before.memory}) if before else None
+
+    return fresh
+
+
+async def check(sandbox: Sandbox, sentinel: Sentinel) -> bool:
+    """Looks for a mark in a running sandbox. True: what was to come back has; False: nobody could look.
+
+    Raises:
+        StateLostError: Memory or files are of an earlier time, or of another sandbox. It can be used all the same.
+    """
+    parts = [part for part in PLACES if part == "files" or sentinel.memory]
+    found = await asyncio.gather(*(_read(sandbox, PLACES[part]) for part in parts))
+    lost = frozenset(
+        part for part, text in zip(parts, found, strict=True) if text is not None and not sentinel.is_in(text)
+    )
+    if lost:
+        what = " and ".join(sorted(lost, reverse=True))
+        msg = f"Sandbox {sandbox.id!r} runs, but its {what} did not come back as paused. Make anew what you need in it."
+        raise StateLostError(msg, lost=lost, op="resume", sandbox_id=sandbox.id)
+
+    return None not in found
+
+
+async def _read(sandbox: Sandbox, path: str) -> str | None:
+    """What is in a place, nothing if it is not there. None: nobody could look."""
+    try:
+        return (await sandbox._ask("resume", "GET", ENVD_PORT, "/files", timeout=LIMIT, params={"path": path})).decode()
+    except NotFoundError:
+        return ""
+    except SandboxError as error:
+        log.warning("%s is resumed unverified: %s", sandbox.id, error)
+        return None
