@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tests.client.contract.service import ID
+from tests.client.contract.service import ID, TOKEN
 from tests.client.contract.vendors import LEGACY_ID, TABLES, Flat, Request
 
 
@@ -42,6 +42,9 @@ class Difference:
         rest = {name: value for name, value in fields.items() if name != self.field}
         return rest if self.ours is ABSENT else {**rest, self.field: self.ours}
 
+
+CODE = ("run_code", "run_code in a context", "run_code in a language")
+CONTEXTS = ("create_context", "list_contexts", "restart_context", "remove_context")
 
 DIFFERENCES: tuple[Difference, ...] = (
     # What a sandbox does when its time is up.
@@ -100,7 +103,7 @@ DIFFERENCES: tuple[Difference, ...] = (
     *(
         Difference(
             dialects=(dialect,),
-            verbs=("run_code", "run_code in a context", "run_code in a language"),
+            verbs=(*CODE, *CONTEXTS),
             field=("header", f"ppio-sandbox-{name}"),
             theirs=ABSENT,
             ours=value,
@@ -119,6 +122,22 @@ DIFFERENCES: tuple[Difference, ...] = (
             reason="The path names the sandbox already, and the control plane needs no port.",
         )
         for name, value in (("id", ID), ("port", "49983"))
+    ),
+    Difference(
+        dialects=("e2b", "ucloud", "local"),
+        verbs=CONTEXTS,
+        field=("header", "x-access-token"),
+        theirs=ABSENT,
+        ours=TOKEN,
+        reason="As its SDK does for code: whoever may run code may be asked to show it for the rest of that port too.",
+    ),
+    Difference(
+        dialects=ALL,
+        verbs=("list_contexts", "restart_context", "remove_context"),
+        field=("header", "content-type"),
+        theirs="application/json",
+        ours=ABSENT,
+        reason="There is no body whose type could be said.",
     ),
     Difference(
         dialects=ALL,

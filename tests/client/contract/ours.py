@@ -34,6 +34,10 @@ CALLS: Mapping[str, Call] = {
     "run_code": lambda c, s: s.run_code("1+1"),
     "run_code in a context": lambda c, s: s.run_code("1+1", context="c1", env={"B": "2"}),
     "run_code in a language": lambda c, s: s.run_code("1+1", language="bash"),
+    "create_context": lambda c, s: s.create_context(language="python", cwd="/tmp"),
+    "list_contexts": lambda c, s: s.list_contexts(),
+    "restart_context": lambda c, s: s.restart_context("c1"),
+    "remove_context": lambda c, s: s.remove_context("c1"),
 }
 
 LATER: Mapping[str, Call] = {
@@ -50,10 +54,6 @@ LATER: Mapping[str, Call] = {
     "list_snapshots of one": lambda c, s: all_of(c.list_snapshots(sandbox_id=s.id)),
     "delete_snapshot": lambda c, s: c.delete_snapshot("team/snap:default"),
     "fork": lambda c, s: c.fork(s.id, count=2),
-    "create_context": lambda c, s: s.create_context(language="python", cwd="/tmp"),
-    "list_contexts": lambda c, s: s.list_contexts(),
-    "restart_context": lambda c, s: s.restart_context("c1"),
-    "remove_context": lambda c, s: s.remove_context("c1"),
     "commands.run": lambda c, s: s.commands.run("echo hi", cwd="/tmp", env={"B": "2"}),
     "commands.run as root": lambda c, s: s.commands.run("echo hi", user="root"),
     "commands.run without a limit": lambda c, s: s.commands.run("echo hi", timeout=None),

@@ -144,6 +144,7 @@ def well(recorder: Recorder, **grant: Any) -> None:
         ("GET", "/snapshots"): said(200, [{"snapshotID": SNAPSHOT, "names": ["snap"]}]),
         ("DELETE", "/templates/.*"): NO_CONTENT,
         ("POST", f"/sandboxes/{one}/fork"): said(201, [{"sandbox": given}, {"error": {"code": 429, "message": "x"}}]),
+        ("POST", f"/sandboxes/{one}/clone"): said(201, {"sandboxes": [given, given], "snapshotTemplateId": "tpl"}),
     }
     code = {
         ("POST", "/execute"): executed(*EXECUTION),

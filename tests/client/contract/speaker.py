@@ -1,4 +1,4 @@
-"""A vendor's SDK, in its own environment, says each verb once: `python -m tests.client.contract.speaker SDK URL VERB ...`.
+"""A vendor's SDK, in its own environment, says each verb once: `python -m tests.client.contract.speaker SDK URL VERB`.
 
 Before each verb it tells the recorder which one comes. Runs in an SDK's own environment: the standard library only.
 """
@@ -20,19 +20,23 @@ START = datetime.datetime(2026, 11, 23, 7, tzinfo=datetime.timezone.utc)  # noqa
 END = datetime.datetime(2026, 11, 23, 8, tzinfo=datetime.timezone.utc)  # noqa: UP017
 
 MODULES = {
+    "novita": ("novita_sandbox.core", "novita_sandbox.code_interpreter"),
     "e2b": ("e2b", "e2b_code_interpreter"),
     "ppio": ("ppio_sandbox.core", "ppio_sandbox.code_interpreter"),
     "ucloud": ("ucloud_sandbox", "ucloud_sandbox.code_interpreter"),
 }
 
 
-def main(sdk: str, recorder: str, *chosen: str) -> None:
+def main(spelling: str, recorder: str, *chosen: str) -> None:
     """Say the verbs that are chosen, each told beforehand, and what came of each as a line of JSON."""
+    sdk = spelling.removesuffix("-legacy")
     core, code = map(importlib.import_module, MODULES[sdk])
     Sandbox = code.Sandbox
-    ppio = sdk == "ppio"
+    ppio = sdk in ("ppio", "novita")
     pausing = {"auto_pause": True} if ppio else {"lifecycle": {"on_timeout": "pause"}}
     waking = {"lifecycle": {"on_timeout": "pause", "auto_resume": True}}
+    if spelling != sdk:  # as its maker's documents say for the older dialect
+        waking = {"auto_pause": True, "metadata": {"auto_resume": "true"}}
     keyed = {"idempotency_key": "key-1"}
     without_memory = {"mode": "filesystem"} if sdk == "e2b" else {"keep_memory": False}
     query = core.SandboxQuery(metadata=METADATA, state=[core.SandboxState.PAUSED])
@@ -62,7 +66,7 @@ def main(sdk: str, recorder: str, *chosen: str) -> None:
         "list_snapshots": lambda: Sandbox.list_snapshots(limit=100).next_items(),
         "list_snapshots of one": lambda: sandbox.list_snapshots(limit=100).next_items(),
         "delete_snapshot": lambda: Sandbox.delete_snapshot("team/snap:default"),
-        "fork": lambda: sandbox.fork(count=2, timeout=300),
+        "fork": lambda: (Sandbox.clone if ppio else Sandbox.fork)(sandbox.sandbox_id, count=2, timeout=300),
         "run_code": lambda: sandbox.run_code("1+1"),
         "run_code in a context": lambda: sandbox.run_code("1+1", context=SimpleNamespace(id="c1"), envs={"B": "2"}),
         "run_code in a language": lambda: sandbox.run_code("1+1", language="bash"),

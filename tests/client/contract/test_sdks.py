@@ -37,6 +37,8 @@ VENDORS: Mapping[str, Vendor] = {
     "ucloud": Vendor(sdk="ucloud", prefix="UCLOUD_SANDBOX_", sandbox_url="URL"),
     "ppio": Vendor(sdk="ppio", prefix="PPIO_", domain="cn-beijing-1.sandbox.ppio.com"),
     "ppio-legacy": Vendor(sdk="ppio", prefix="PPIO_"),
+    "novita": Vendor(sdk="novita", prefix="NOVITA_"),
+    "novita-legacy": Vendor(sdk="novita", prefix="NOVITA_", domain="sandbox.novita.ai"),
 }
 
 
@@ -49,20 +51,23 @@ async def test_the_sdk_sends_what_its_table_says(name: str, recorder: Recorder, 
     except BuildError as error:
         pytest.skip(f"The SDK's environment can't be made: {error}")
 
-    said = await _said_by(home, vendor, list(TABLES[name]), recorder, trust, state)
+    said = await _said_by(home, name, list(TABLES[name]), recorder, trust, state)
 
     assert {verb: words for verb, (words, _) in said.items() if words} == {}
     for verb, (_, requests) in said.items():
-        assert (verb, [row.flat() for row in TABLES[name][verb]]) == (
-            verb,
-            [of(request).flat() for request in requests],
-        )
+        theirs = [of(request).flat() for request in requests]
+        table = [row.flat() for row in TABLES[name][verb]]
+        assert len(table) == len(theirs), (verb, theirs)
+        for ours, fields in zip(table, theirs, strict=True):
+            odd = {field for field in ours | fields if ours.get(field, ()) != fields.get(field, ())}
+            assert {field: (ours.get(field), fields.get(field)) for field in odd} == {}, verb
 
 
 async def _said_by(
-    home: Path, vendor: Vendor, verbs: list[str], recorder: Recorder, trust: Trust, state: Path
+    home: Path, name: str, verbs: list[str], recorder: Recorder, trust: Trust, state: Path
 ) -> dict[str, tuple[str, list[Recorded]]]:
     """By verb: how it failed, and its requests."""
+    vendor = VENDORS[name]
     # Code goes to the grant's domain whatever the URLs are, with one SDK: a user name in front makes that loopback.
     well(recorder, domain=f"sbx@127.0.0.1:{recorder.tls_port}")
     url = f"http://127.0.0.1:{recorder.port}"
@@ -77,7 +82,7 @@ async def _said_by(
     }
     speaker = await asyncio.create_subprocess_exec(
         str(home / "bin" / "python"),
-        *("-m", "tests.client.contract.speaker", vendor.sdk, url, *verbs),
+        *("-m", "tests.client.contract.speaker", name, url, *verbs),
         cwd=ROOT,
         env=variables,
         stdout=asyncio.subprocess.PIPE,

@@ -4,6 +4,8 @@ out, the SDKs themselves. `test_sdks.py` holds these tables against the SDKs."""
 from __future__ import annotations
 
 import base64
+import email
+import email.policy
 import re
 import struct
 from collections.abc import Mapping
@@ -28,6 +30,8 @@ COMPARED = (
     "e2b-traffic-access-token",
     "idempotency-key",
     "keepalive-ping-interval",
+    "novita-sandbox-id",
+    "novita-sandbox-port",
     "ppio-sandbox-id",
     "ppio-sandbox-port",
     "x-access-token",
@@ -48,8 +52,8 @@ class Request:
     path: str
     query: Mapping[str, str] = field(default_factory=dict)
     """With all encodings. The order of parameters means nothing."""
-    form: Literal["none", "json", "envelope", "bytes"] = "none"
-    """Of the body: `none` is no byte at all; `envelope` is one message of a Connect stream."""
+    form: Literal["none", "json", "envelope", "bytes", "multipart"] = "none"
+    """Of the body: `none` is no byte at all; `envelope` is one message of a Connect stream; `multipart` has one part."""
     body: Any = None
     headers: Mapping[str, str] = field(default_factory=dict)
     """Those of `COMPARED` that it has."""
@@ -83,6 +87,9 @@ def of(recorded: Recorded) -> Request:
         flags, length = struct.unpack(">BI", recorded.body[:5])
         assert (flags, length) == (0, len(recorded.body) - 5)
         form, body = "envelope", _JSON.validate_json(recorded.body[5:])
+    elif headers.get("content-type", "").startswith("multipart/form-data;"):
+        form, body = "multipart", _part(headers["content-type"], recorded.body)
+        headers["content-type"] = "multipart/form-data"
     elif not recorded.body:
         form, body = "none", None
     elif headers.get("content-type") == "application/json":
@@ -97,6 +104,13 @@ def of(recorded: Recorded) -> Request:
         body=body,
         headers=headers,
     )
+
+
+def _part(content_type: str, body: bytes) -> dict[str, Any]:
+    head = f"Content-Type: {content_type}\r\n\r\n".encode()
+    (part,) = email.message_from_bytes(head + body, policy=email.policy.HTTP).iter_parts()
+    disposition = part.get("content-disposition").params
+    return {"name": disposition["name"], "filename": disposition["filename"], "content": part.get_payload(decode=True)}
 
 
 _JSON = TypeAdapter[Any](Any)
@@ -315,50 +329,68 @@ UCLOUD: Table = {
     "pause without memory": _ucloud.api("POST", "/sandboxes/{id}/pause", {"memory": False}),
 }
 
-_ppio = _Vendor(prefix="ppio", code=(), unary_timeout=False)
-_PPIO_CREATE = {**_UCLOUD_CREATE, "autoPause": False}
+def _with_siblings(prefix: str) -> tuple[Table, Table]:
+    """PPIO's dialect and its older one, which its sibling speaks under names of its own."""
+    sdk = _Vendor(prefix=prefix, code=(), unary_timeout=False)
+    create = {**_UCLOUD_CREATE, "autoPause": False}
+    modern = {
+        **_outside(sdk),
+        **_inside(sdk),
+        "create": sdk.api("POST", "/sandboxes", {**create, "metadata": METADATA, "envVars": {"A": "1"}}),
+        "create with nothing said": sdk.api("POST", "/sandboxes", {**create, "timeout": 300}),
+        "create pausing": sdk.api(
+            "POST", "/sandboxes", {**create, "autoPause": True, "autoResume": {"enabled": False}}
+        ),
+        "create waking": sdk.api("POST", "/sandboxes", {**create, "autoPause": True, "autoResume": {"enabled": True}}),
+        "create without internet": sdk.api("POST", "/sandboxes", {**create, "allow_internet_access": False}),
+        "connect": tuple(
+            _with(request, {"e2b-sandbox-id": ID, "e2b-sandbox-port": "49983"})
+            for request in sdk.api("POST", "/sandboxes/{id}/connect", {"timeout": 77})
+        ),
+        "pause": sdk.api("POST", "/sandboxes/{id}/pause"),
+        "metrics between": sdk.api("GET", "/sandboxes/{id}/metrics", start="1795417200", end="1795420800"),
+        "snapshot": sdk.api("POST", "/sandboxes/{id}/snapshots", {}),
+        "list_snapshots": sdk.api("GET", "/snapshots", limit="100"),
+        "list_snapshots of one": sdk.api("GET", "/snapshots", limit="100", sandboxID=sdk.id),
+        "delete_snapshot": sdk.api("DELETE", "/templates/team/snap:default"),
+        "fork": sdk.api("POST", "/sandboxes/{id}/clone", {"count": 2, "strict": False, "timeout": 300}),
+    }
+    sdk = _Vendor(id=LEGACY_ID, prefix=prefix, code=(), unary_timeout=False)
+    create = {**_E2B_CREATE, "autoPause": False, "secure": False, "allowInternetAccess": True}
+    legacy = {
+        **_outside(sdk),
+        **_inside(sdk),
+        "create": sdk.api("POST", "/sandboxes", {**create, "metadata": METADATA, "envVars": {"A": "1"}}),
+        "create with nothing said": sdk.api("POST", "/sandboxes", {**create, "timeout": 300}),
+        "create pausing": sdk.api("POST", "/sandboxes", {**create, "autoPause": True}),
+        "create waking": sdk.api("POST", "/sandboxes", {**create, "autoPause": True, "metadata": {"auto_resume": "true"}}),
+        "create without internet": sdk.api("POST", "/sandboxes", {**create, "allowInternetAccess": False}),
+        "connect": sdk.api("POST", "/sandboxes/{id}/connect", {"timeout": 77, "autoPause": False}),
+        "pause": sdk.api("POST", "/sandboxes/{id}/pause", {"sync": True}),  # its `beta_pause(sync=True)`
+        "metrics between": sdk.api("GET", "/sandboxes/{id}/metrics", start="1795417200000", end="1795420800000"),
+        "fork": sdk.api("POST", "/sandboxes/{id}/clone", {"count": 2, "strict": False, "timeout": 300}),
+    }
+    return modern, legacy
 
-PPIO: Table = {
-    **_outside(_ppio),
-    **_inside(_ppio),
-    "create": _ppio.api("POST", "/sandboxes", {**_PPIO_CREATE, "metadata": METADATA, "envVars": {"A": "1"}}),
-    "create with nothing said": _ppio.api("POST", "/sandboxes", {**_PPIO_CREATE, "timeout": 300}),
-    "create pausing": _ppio.api(
-        "POST", "/sandboxes", {**_PPIO_CREATE, "autoPause": True, "autoResume": {"enabled": False}}
-    ),
-    "create waking": _ppio.api(
-        "POST", "/sandboxes", {**_PPIO_CREATE, "autoPause": True, "autoResume": {"enabled": True}}
-    ),
-    "create without internet": _ppio.api("POST", "/sandboxes", {**_PPIO_CREATE, "allow_internet_access": False}),
-    "connect": tuple(
-        _with(request, {"e2b-sandbox-id": ID, "e2b-sandbox-port": "49983"})
-        for request in _ppio.api("POST", "/sandboxes/{id}/connect", {"timeout": 77})
-    ),
-    "pause": _ppio.api("POST", "/sandboxes/{id}/pause"),
-    "metrics between": _ppio.api("GET", "/sandboxes/{id}/metrics", start="1795417200", end="1795420800"),
-    "snapshot": _ppio.api("POST", "/sandboxes/{id}/snapshots", {}),
-    "list_snapshots": _ppio.api("GET", "/snapshots", limit="100"),
-    "list_snapshots of one": _ppio.api("GET", "/snapshots", limit="100", sandboxID=_ppio.id),
-    "delete_snapshot": _ppio.api("DELETE", "/templates/team/snap:default"),
-}
 
-_legacy = _Vendor(id=LEGACY_ID, prefix="ppio", code=(), unary_timeout=False)
-_LEGACY_CREATE = {**_E2B_CREATE, "autoPause": False, "secure": False, "allowInternetAccess": True}
+PPIO, PPIO_LEGACY = _with_siblings("ppio")
+NOVITA, NOVITA_LEGACY = (
+    {
+        **table,
+        "files.write": tuple(
+            replace(
+                request,
+                form="multipart",
+                body={"name": "file", "filename": "dir/é a.txt", "content": b"hello"},
+                headers={**request.headers, "content-type": "multipart/form-data"},
+            )
+            for request in table["files.write"]
+        ),
+    }
+    for table in _with_siblings("novita")
+)
 
-PPIO_LEGACY: Table = {
-    **_outside(_legacy),
-    **_inside(_legacy),
-    "create": _legacy.api("POST", "/sandboxes", {**_LEGACY_CREATE, "metadata": METADATA, "envVars": {"A": "1"}}),
-    "create with nothing said": _legacy.api("POST", "/sandboxes", {**_LEGACY_CREATE, "timeout": 300}),
-    "create pausing": _legacy.api("POST", "/sandboxes", {**_LEGACY_CREATE, "autoPause": True}),
-    "create without internet": _legacy.api("POST", "/sandboxes", {**_LEGACY_CREATE, "allowInternetAccess": False}),
-    "connect": _legacy.api("POST", "/sandboxes/{id}/connect", {"timeout": 77, "autoPause": False}),
-    "pause": _legacy.api("POST", "/sandboxes/{id}/pause", {"sync": True}),  # its `beta_pause(sync=True)`
-    "metrics between": _legacy.api("GET", "/sandboxes/{id}/metrics", start="1795417200000", end="1795420800000"),
-}
-
-LOCAL: Table = {
-    # The first version of the protocol, which this package's engine serves besides the second.
+CLUSTER: Table = {
     **E2B,
     "create": _e2b.api(
         "POST", "/sandboxes", {**_E2B_CREATE, "secure": True, "metadata": METADATA, "envVars": {"A": "1"}}
@@ -371,18 +403,21 @@ LOCAL: Table = {
     "create without internet": _e2b.api(
         "POST", "/sandboxes", {**_E2B_CREATE, "secure": True, "allow_internet_access": False}
     ),
-    "create by key": tuple(
-        _with(request, {"idempotency-key": "key-1"})
-        for request in _e2b.api("POST", "/sandboxes", {**_E2B_CREATE, "secure": True})
-    ),
+    "create by key": _e2b.api("POST", "/sandboxes", {**_E2B_CREATE, "secure": True}),
     "connect": _e2b.api("POST", "/sandboxes/{id}/connect", {"timeout": 77}),
 }
-"""Nobody's SDK: rows of PROTOCOL.md 2.2 in its words."""
+"""Of E2B's published server, for which there is no SDK of this version any more: rows of PROTOCOL.md 2.2."""
+
+LOCAL: Table = E2B
+"""This package's engine."""
 
 TABLES: Mapping[str, Table] = {
     "e2b": E2B,
+    "e2b-cluster": CLUSTER,
     "ucloud": UCLOUD,
     "ppio": PPIO,
     "ppio-legacy": PPIO_LEGACY,
+    "novita": NOVITA,
+    "novita-legacy": NOVITA_LEGACY,
     "local": LOCAL,
 }
