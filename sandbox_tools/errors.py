@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from sandbox_tools.models import Execution
+    from sandbox_tools.models import CommandResult, Execution
 
 
 class SandboxError(Exception):
@@ -202,7 +202,15 @@ class ExecutionTimeoutError(SandboxError, TimeoutError):
 
 
 class CommandError(SandboxError):
-    """Raised only by `CommandResult.check()`, for callers who want an exception for a non-zero exit code."""
+    """Raised only by `CommandResult.check()`, for callers who want an exception for a non-zero exit code.
+
+    Args:
+        result: The outcome that was checked.
+    """
+
+    def __init__(self, message: str, *, result: CommandResult | None = None) -> None:
+        super().__init__(message)
+        self.result = result
 
 
 class EngineError(SandboxError):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AliasPath, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.alias_generators import to_camel
+
+from sandbox_tools.errors import CommandError
 
 State = Literal["running", "paused"]
 """What the wire shows; transitions are shown as the nearest of the two (a sandbox being paused as `paused`)."""
@@ -228,3 +230,77 @@ class CodeContext(BaseModel):
     id: str
     language: str
     cwd: str
+
+
+# What envd tells of files and processes.
+
+
+class WrittenFile(Wire):
+    """What was written."""
+
+    path: str
+    """Absolute, in the sandbox."""
+    name: str
+    type: Annotated[
+        Literal["file", "directory", "symlink", "unspecified"],
+        # `FILE_TYPE_FILE` in Connect, `file` over HTTP.
+        BeforeValidator(lambda word: str(word).removeprefix("FILE_TYPE_").lower()),
+    ] = "unspecified"
+    """For a link, what it leads to; `"unspecified"` where that is nothing, or none of these."""
+    metadata: dict[str, str] = {}
+
+
+class EntryInfo(WrittenFile):
+    """A file, directory or link."""
+
+    size: int = 0
+    """Bytes."""
+    mode: int = 0
+    """Permission bits."""
+    permissions: str = ""
+    """As `ls` shows them."""
+    owner: str = ""
+    group: str = ""
+    modified_time: datetime | None = None
+    symlink_target: str | None = None
+    """Where it leads in the end. None: it is no link."""
+
+
+class ProcessInfo(Wire):
+    """A running command."""
+
+    pid: int
+    tag: str | None = None
+    """A name that whoever started it gave it."""
+    cmd: Annotated[str, Field(validation_alias=AliasPath("config", "cmd"))] = ""
+    args: Annotated[list[str], Field(validation_alias=AliasPath("config", "args"))] = []
+    cwd: Annotated[str | None, Field(validation_alias=AliasPath("config", "cwd"))] = None
+    env: Annotated[dict[str, str], Field(validation_alias=AliasPath("config", "envs"), repr=False)] = {}
+    """What was set for this command only; it may hold secrets."""
+
+
+class CommandResult(BaseModel):
+    """The outcome of one command, collected."""
+
+    exit_code: int
+    """-1: a signal ended it, which `error` names."""
+    stdout: str = ""
+    """Standard output; if `stdout_omitted` is not 0, its beginning and its end, and a line in between that says so."""
+    stderr: str = ""
+    stdout_omitted: int = 0
+    """Characters left out of `stdout`."""
+    stderr_omitted: int = 0
+    error: str | None = None
+    """How it ended, in words, such as `"exit status 3"`. None: well."""
+
+    def check(self) -> Self:
+        """Itself, where the command succeeded.
+
+        Raises:
+            CommandError: It did not; `result` is this.
+        """
+        if self.exit_code == 0:
+            return self
+
+        msg = f"The command failed ({self.error or f'exit status {self.exit_code}'}): {self.stderr[-500:]!r}."
+        raise CommandError(msg, result=self)

@@ -1,11 +1,13 @@
-"""Bytes of `/execute` to events, and events to an `Execution`: pure, and flat in memory whatever the code puts out."""
+"""Bytes to events and messages, and events to an `Execution`: pure, and flat in memory whatever the code puts out."""
 
 from __future__ import annotations
 
 import json
 import re
+import struct
 from collections import deque
 from collections.abc import Iterator
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -33,6 +35,12 @@ MAX_RESULTS = 32 * 1024 * 1024
 
 RESULT_OVERHEAD = 1024
 """Bytes that a result counts for at least, so that a million tiny ones are bounded too."""
+
+ENVELOPE = struct.Struct(">BI")
+"""What precedes each message of a stream: its flags, and how many bytes it has (connectrpc.com/docs/protocol)."""
+
+LAST = 0x02
+"""The flag of the message that ends a stream."""
 
 _EVENTS: dict[str, type[Started | Stdout | Stderr | Result | Failure | Keepalive | Ended]] = {
     "number_of_executions": Started,
@@ -126,17 +134,80 @@ def _parse(line: bytes) -> ExecutionEvent | None:
         return None
 
     try:
-        data = json.loads(line)
-        if _SURROGATE.search(line):
-            # Code may print half a surrogate pair, which no UTF-8 text can hold.
-            data = json.loads(json.dumps(data, ensure_ascii=False).encode("utf-8", "replace"))
-
+        data = _loads(line)
         kind = data["type"]
         event = _EVENTS.get(kind)
         return event.model_validate(data) if event else None
     except (ValueError, TypeError, KeyError, RecursionError, ValidationError) as error:
         msg = f"The sandbox sent a line that is not an event: {line[:200]!r}. Check what answers at its address."
         raise ProtocolError(msg, op="run_code") from error
+
+
+def _loads(data: bytes) -> Any:
+    value = json.loads(data)
+    if _SURROGATE.search(data):
+        # Code may print half a surrogate pair, which no UTF-8 text can hold.
+        value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+
+    return value
+
+
+def decoded(data: bytes, op: str) -> dict[str, Any]:
+    """A message of Connect.
+
+    Args:
+        op: The caller's verb, for errors.
+
+    Raises:
+        ProtocolError: It is none.
+    """
+    try:
+        value = _loads(data)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        msg = f"The sandbox sent something that is not a message: {data[:200]!r}. Check what answers at its address."
+        raise ProtocolError(msg, op=op)
+
+    return value
+
+
+class EnvelopeDecoder:
+    """Turns the chunks of a stream of Connect into messages, wherever the chunks are cut.
+
+    Args:
+        op: The caller's verb, for errors.
+        max_message: Bytes of one message above which the stream is refused, before they are in memory.
+    """
+
+    def __init__(self, op: str, *, max_message: int = MAX_LINE) -> None:
+        self._op = op
+        self._max_message = max_message
+        self._buffer = bytearray()
+
+    def feed(self, chunk: bytes) -> Iterator[tuple[dict[str, Any], bool]]:
+        """The messages that this chunk completes, each with whether it is the one that ends the stream.
+
+        Raises:
+            ProtocolError: This is no envelope, or not one that was asked for. Nothing can be read after that.
+        """
+        self._buffer += chunk
+        while len(self._buffer) >= ENVELOPE.size:
+            flags, length = ENVELOPE.unpack_from(self._buffer)
+            if flags & ~LAST or length > self._max_message:
+                msg = (
+                    f"The sandbox sent an envelope with the flags {flags:#04x} and {length} bytes; plain ones of at "
+                    f"most {self._max_message} are read here. Check what answers at its address."
+                )
+                raise ProtocolError(msg, op=self._op)
+
+            stop = ENVELOPE.size + length
+            if len(self._buffer) < stop:
+                return
+
+            payload = bytes(self._buffer[ENVELOPE.size : stop])
+            del self._buffer[:stop]
+            yield decoded(payload, self._op), bool(flags)
 
 
 class ExecutionCollector:

@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import urllib.parse
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing, suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import httpx
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter
 
 from sandbox_tools.client import sentinel
 from sandbox_tools.client.codec import EventDecoder, ExecutionCollector
-from sandbox_tools.client.transport import close, retry_after, translate
+from sandbox_tools.client.commands import Commands
+from sandbox_tools.client.exchange import ask, cut, exchange, parsed
+from sandbox_tools.client.files import Files
+from sandbox_tools.client.transport import close
 from sandbox_tools.errors import (
-    APIError,
     ConfigError,
-    ConnectError,
     ExecutionTimeoutError,
     NotFoundError,
     ProtocolError,
-    RequestTimeoutError,
-    SandboxBusyError,
     SandboxError,
-    SandboxExpiredError,
-    SandboxStateError,
     StateLostError,
     TransportError,
-    error_for_status,
 )
 from sandbox_tools.models import (
     DEFAULT_TIMEOUT,
@@ -36,7 +32,6 @@ from sandbox_tools.models import (
     INTERPRETER_PORT,
     CodeContext,
     Ended,
-    ErrorBody,
     Execution,
     ExecutionEvent,
     SandboxGrant,
@@ -47,11 +42,6 @@ if TYPE_CHECKING:
     from sandbox_tools.client.client import Client
     from sandbox_tools.client.sentinel import Sentinel
 
-T = TypeVar("T")
-
-LOOK_TIMEOUT = 10.0
-"""Seconds to find out why a stream broke."""
-
 LAST_BYTES_TIMEOUT = 2.0
 """Seconds between the last event and the end of its stream."""
 
@@ -60,8 +50,6 @@ UNREADY = frozenset((409, 502, 503, 504))
 
 READY_LIMIT = 5.0
 """Seconds that a sandbox which was just resumed is given to answer at its own address."""
-
-REFUSAL_LIMIT = 64 * 1024
 
 
 class _Contexts(BaseModel):
@@ -82,6 +70,8 @@ class Sandbox:
         self._grant = grant
         self.id = client.dialect.sandbox_id(grant.sandbox_id, grant.client_id)
         self.template_id = grant.template_id
+        self.commands = Commands(self)
+        self.files = Files(self)
         self.sentinel: Sentinel | None = None
         """What the last pause left behind to be checked, for another process as well. None: nothing was left."""
         self._checked: Sentinel | None = None
@@ -155,29 +145,20 @@ class Sandbox:
             raise ConfigError(msg, op="run_code", sandbox_id=self.id)
 
         body = {"code": code, "context_id": context, "language": language, "env_vars": dict(env) if env else None}
-        end = None if timeout is None else asyncio.get_running_loop().time() + timeout
-        try:
-            async with asyncio.timeout_at(end):
-                response = await self._send("run_code", "POST", INTERPRETER_PORT, "/execute", json=body)
-        except TimeoutError:
-            raise self._too_long(timeout) from None
-
         decoder = EventDecoder()
-        try:
-            if response.status_code != 200:
-                raise await self._refusal(response, "run_code")
-
-            chunks = response.aiter_bytes()
+        chunks = exchange(
+            self,
+            "run_code",
+            "POST",
+            INTERPRETER_PORT,
+            "/execute",
+            json=body,
+            end=None if timeout is None else asyncio.get_running_loop().time() + timeout,
+            late=self._too_long(timeout),
+        )
+        async with aclosing(chunks):
             while True:
-                # The limit is around each read, not around a `yield`: it must not cancel the consumer's own code.
-                try:
-                    async with asyncio.timeout_at(end):
-                        chunk = await anext(chunks, None)
-                except TimeoutError:
-                    raise self._too_long(timeout) from None
-                except httpx.HTTPError as error:
-                    raise await self._cut(translate(error, op="run_code", sandbox_id=self.id), "run_code") from error
-
+                chunk = await anext(chunks, None)
                 for event in decoder.close() if chunk is None else decoder.feed(chunk):
                     yield event
                     if isinstance(event, Ended):
@@ -186,9 +167,7 @@ class Sandbox:
 
                 if chunk is None:
                     msg = "The answer to `run_code` ended before the code did. Run something small to see what is left."
-                    raise await self._cut(ProtocolError(msg, op="run_code", sandbox_id=self.id), "run_code")
-        finally:
-            await close(response)
+                    raise await cut(self, ProtocolError(msg, op="run_code", sandbox_id=self.id))
 
     async def create_context(self, *, language: str | None = None, cwd: str | None = None) -> CodeContext:
         """Makes a code context: variables of its own, for `run_code(context=...)`.
@@ -200,13 +179,13 @@ class Sandbox:
             cwd: Where its code begins. None: the sandbox's own default.
         """
         body = {name: value for name, value in (("language", language), ("cwd", cwd)) if value is not None}
-        answer = await self._ask("create_context", "POST", INTERPRETER_PORT, "/contexts", json=body)
-        return self._parsed(_CONTEXT, answer, "create_context")
+        answer = await ask(self, "create_context", "POST", INTERPRETER_PORT, "/contexts", json=body)
+        return parsed(self, "create_context", _CONTEXT.validate_json, answer)
 
     async def list_contexts(self) -> list[CodeContext]:
         """All code contexts, the default ones included."""
-        answer = await self._ask("list_contexts", "GET", INTERPRETER_PORT, "/contexts")
-        rows = self._parsed(_CONTEXTS, answer, "list_contexts")
+        answer = await ask(self, "list_contexts", "GET", INTERPRETER_PORT, "/contexts")
+        rows = parsed(self, "list_contexts", _CONTEXTS.validate_json, answer)
         return rows if isinstance(rows, list) else rows.contexts
 
     async def restart_context(self, context_id: str) -> None:
@@ -216,13 +195,13 @@ class Sandbox:
             NotFoundError: There is no such context.
         """
         path = f"/contexts/{urllib.parse.quote(context_id, safe='')}/restart"
-        await self._ask("restart_context", "POST", INTERPRETER_PORT, path)
+        await ask(self, "restart_context", "POST", INTERPRETER_PORT, path)
 
     async def remove_context(self, context_id: str) -> bool:
         """Ends a context. False: there was none of that id."""
         path = f"/contexts/{urllib.parse.quote(context_id, safe='')}"
         try:
-            await self._ask("remove_context", "DELETE", INTERPRETER_PORT, path)
+            await ask(self, "remove_context", "DELETE", INTERPRETER_PORT, path)
         except NotFoundError:
             return False
 
@@ -326,119 +305,17 @@ class Sandbox:
         url = client.dialect.sandbox_url(client.address, self._grant, port)
         return url, client.dialect.sandbox_headers(self._grant, port)
 
-    async def _send(self, op: str, method: str, port: int, path: str, **content: Any) -> httpx.Response:
-        """Sends one request to one of its ports, on a connection of its own; the caller reads and closes the answer."""
-        url, headers = self._at(port)
-        try:
-            return await self._client.transport.open(
-                op, method, url + path, headers=headers, sandbox_id=self.id, **content
-            )
-        except ConnectError:
-            raise
-        except TransportError as error:
-            raise await self._cut(error, op) from error
-
-    async def _ask(self, op: str, method: str, port: int, path: str, *, timeout: float = 60.0, **content: Any) -> bytes:
-        """Sends one request to one of its ports and gives the body of the 2xx answer, which must be small."""
-        try:
-            async with asyncio.timeout(timeout) as limit:
-                response = await self._send(op, method, port, path, **content)
-                try:
-                    if not response.is_success:
-                        raise await self._refusal(response, op)
-
-                    return await response.aread()
-                except httpx.HTTPError as error:
-                    raise await self._cut(translate(error, op=op, sandbox_id=self.id), op) from error
-                finally:
-                    await close(response)
-        except TimeoutError as error:
-            if not limit.expired():
-                raise
-
-            msg = f"`{op}` got no answer within {timeout:g} s, so it may have happened. Look at the sandbox first."
-            raise RequestTimeoutError(msg, op=op, sandbox_id=self.id) from error
-
-    def _parsed(self, adapter: TypeAdapter[T], answer: bytes, op: str) -> T:
-        try:
-            return adapter.validate_json(answer)
-        except ValidationError:
-            msg = f"`{op}` was answered with {answer[:200]!r}, which is not of the protocol. Check the template."
-            raise ProtocolError(msg, op=op, sandbox_id=self.id) from None
-
     def _too_long(self, timeout: float | None) -> ExecutionTimeoutError:
         msg = (
-            f"The code ran longer than its `timeout` of {timeout:g} s and was interrupted; its variables are kept. "
-            "Pass a longer `timeout`, or let it work in the background."
+            f"The code ran longer than its `timeout` of {timeout or 0:g} s and was interrupted; its variables are "
+            "kept. Pass a longer `timeout`, or let it work in the background."
         )
         return ExecutionTimeoutError(msg, op="run_code", sandbox_id=self.id)
 
-    async def _refusal(self, response: httpx.Response, op: str) -> SandboxError:
-        """The error for an answer of the sandbox's own address that is no success; often plain text."""
-        text = await self._text(response)
-        status = response.status_code
-        if status == 404 and "not found" in text and "Context" in text:
-            msg = f"There is no such code context: {text!r}. Leave `context` out, or make a new one."
-            return NotFoundError(msg, op=op, sandbox_id=self.id)
 
-        if status == 404 and "does not exist" in text:
-            msg = f"There is no such file: {text!r}. Check the path; the sandbox itself is there."
-            return NotFoundError(msg, op=op, sandbox_id=self.id)
-
-        if status == 404:
-            # Not the word of the sandbox, so nobody may conclude from it that something is gone.
-            msg = f"`{op}` was answered with status 404 and {text!r}. Check the sandbox's template and domain."
-            return ProtocolError(msg, op=op, sandbox_id=self.id)
-
-        if status == 409:
-            msg = f"The sandbox is just changing its state: {text!r}. Try again in a moment."
-            return SandboxBusyError(msg, op=op, sandbox_id=self.id)
-
-        if status == 502 and "was not found" in text:
-            msg = f"The sandbox's address does not lead to it now, and `{op}` did not begin. Try again."
-            return await self._cut(TransportError(msg, op=op, sandbox_id=self.id, retryable=True), op)
-
-        cls = error_for_status(status)
-        msg = f"`{op}` was refused with status {status}: {text!r}. Look at the sandbox's state, then try again."
-        wait = retry_after(response.headers.get("retry-after"))
-        return cls(msg, status_code=status, retry_after=wait, op=op, sandbox_id=self.id)
-
-    async def _text(self, response: httpx.Response) -> str:
-        body = bytearray()
-        try:
-            async with asyncio.timeout(LOOK_TIMEOUT):
-                async for chunk in response.aiter_bytes():
-                    body += chunk
-                    if len(body) > REFUSAL_LIMIT:
-                        break
-        except (TimeoutError, httpx.HTTPError):
-            pass  # The status alone says enough.
-
-        try:
-            return ErrorBody.model_validate_json(bytes(body)).message
-        except ValidationError:
-            return body.decode("utf-8", "replace")[:200]
-
-    async def _cut(self, error: SandboxError, op: str) -> SandboxError:
-        """Why `op` broke off: the sandbox is gone, it is paused, or, if neither is known, `error` itself."""
-        try:
-            info = await self._client.info(self.id, deadline=LOOK_TIMEOUT)
-        except NotFoundError:
-            msg = "The sandbox is gone: its time ran out or it was killed. Create a new one; its state is lost."
-            return SandboxExpiredError(msg, op=op, sandbox_id=self.id)
-        except (APIError, TransportError):
-            return error
-
-        if info.state == "paused":
-            msg = f"The sandbox is paused, with its state kept. Resume it, then look at what `{op}` has done."
-            return SandboxStateError(msg, op=op, sandbox_id=self.id)
-
-        return error
-
-
-async def _drain(chunks: AsyncIterator[bytes]) -> None:
+async def _drain(chunks: AsyncGenerator[bytes, None]) -> None:
     # A server that is still ending its answer must not take the close for an interrupt.
-    with suppress(TimeoutError, httpx.HTTPError):
+    with suppress(TimeoutError, SandboxError):
         async with asyncio.timeout(LAST_BYTES_TIMEOUT):
             async for _ in chunks:
                 pass

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
+from sandbox_tools.client.exchange import ask
 from sandbox_tools.errors import NotFoundError, SandboxError, StateLostError
 from sandbox_tools.models import ENVD_PORT
 
@@ -61,7 +62,7 @@ async def plant(sandbox: Sandbox, *, memory: bool = True) -> Sentinel | None:
     fresh = Sentinel(sandbox_id=sandbox.id, count=count, token=secrets.token_hex(8), memory=memory)
     files = [("file", (path, fresh.text().encode())) for path in PLACES.values()]
     try:
-        await sandbox._ask("pause", "POST", ENVD_PORT, "/files", timeout=LIMIT, files=files)
+        await ask(sandbox, "pause", "POST", ENVD_PORT, "/files", timeout=LIMIT, files=files)
     except SandboxError as error:
         log.info("%s is paused without a sentinel: %s", sandbox.id, error)
         return before.model_copy(update={"memory": memory and before.memory}) if before else None
@@ -91,7 +92,7 @@ async def check(sandbox: Sandbox, sentinel: Sentinel) -> bool:
 async def _read(sandbox: Sandbox, path: str) -> str | None:
     """What is in a place, nothing if it is not there. None: nobody could look."""
     try:
-        return (await sandbox._ask("resume", "GET", ENVD_PORT, "/files", timeout=LIMIT, params={"path": path})).decode()
+        return (await ask(sandbox, "resume", "GET", ENVD_PORT, "/files", timeout=LIMIT, params={"path": path})).decode()
     except NotFoundError:
         return ""
     except SandboxError as error:

@@ -175,13 +175,21 @@ class Transport:
         return await self._with_engine(repeated)
 
     async def open(
-        self, op: str, method: str, url: str, *, headers: Mapping[str, str], sandbox_id: str, **content: Any
+        self,
+        op: str,
+        method: str,
+        url: str,
+        *,
+        headers: Mapping[str, str],
+        sandbox_id: str,
+        idempotent: bool = False,
+        **content: Any,
     ) -> httpx.Response:
         """Sends one request to a sandbox on a connection of its own; the caller reads the answer and `close`s it.
 
-        It is sent again only if no connection came about, because nobody can know how far sent code has run.
-
         Args:
+            idempotent: Whether doing it twice is the same as once. If not, it is sent again only if no connection
+                came about, because nobody can know how far sent code has run.
             content: The body, and parameters, as httpx's `build_request` takes them.
         """
         headers = {"Accept-Encoding": "identity", **headers}
@@ -193,7 +201,8 @@ class Transport:
             except (httpx.HTTPError, httpx.InvalidURL) as error:
                 raise translate(error, op=op, sandbox_id=sandbox_id) from error
 
-        return await self._with_engine(lambda: _repeat(once, lambda error: isinstance(error, ConnectError)))
+        again = _safe_to_repeat if idempotent else lambda error: isinstance(error, ConnectError)
+        return await self._with_engine(lambda: _repeat(once, again))
 
     def refusal(self, response: httpx.Response, *, op: str, sandbox_id: str | None) -> SandboxError:
         """The error for an answer of the control plane that is not 2xx."""
