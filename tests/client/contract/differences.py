@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tests.client.contract.service import ID, TOKEN
@@ -23,6 +23,9 @@ ANY = _Sign("ANY")
 """Some text of the client's own making."""
 
 ALL = tuple(TABLES)
+LEGACY = ("ppio-legacy", "novita-legacy")
+PPIOS = ("ppio", "novita", *LEGACY)
+E2BS = tuple(name for name in TABLES if name not in PPIOS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +52,7 @@ CONTEXTS = ("create_context", "list_contexts", "restart_context", "remove_contex
 DIFFERENCES: tuple[Difference, ...] = (
     # What a sandbox does when its time is up.
     Difference(
-        dialects=("e2b", "ucloud", "local"),
+        dialects=E2BS,
         verbs=("create",),
         field=("body", "autoPause"),
         theirs=ABSENT,
@@ -57,7 +60,7 @@ DIFFERENCES: tuple[Difference, ...] = (
         reason="Said outright: what a server does where nothing is said is its own affair.",
     ),
     Difference(
-        dialects=("e2b", "ucloud", "local"),
+        dialects=E2BS,
         verbs=("create with nothing said",),
         field=("body", "autoPause"),
         theirs=ABSENT,
@@ -65,7 +68,7 @@ DIFFERENCES: tuple[Difference, ...] = (
         reason="The net under a client that dies: its sandbox is paused, and not lost.",
     ),
     Difference(
-        dialects=("ppio", "ppio-legacy"),
+        dialects=PPIOS,
         verbs=("create with nothing said",),
         field=("body", "autoPause"),
         theirs=False,
@@ -73,7 +76,7 @@ DIFFERENCES: tuple[Difference, ...] = (
         reason="The net under a client that dies: its sandbox is paused, and not lost.",
     ),
     Difference(
-        dialects=("ppio-legacy",),
+        dialects=LEGACY,
         verbs=("connect",),
         field=("body", "autoPause"),
         theirs=False,
@@ -81,7 +84,7 @@ DIFFERENCES: tuple[Difference, ...] = (
         reason="Connect sets it anew there; off, it would turn the next timeout into a kill.",
     ),
     Difference(
-        dialects=("e2b",),
+        dialects=("e2b", "local"),
         verbs=("create with nothing said",),
         field=("body", "timeout"),
         theirs=ABSENT,
@@ -90,7 +93,7 @@ DIFFERENCES: tuple[Difference, ...] = (
     ),
     *(
         Difference(
-            dialects=("ppio",),
+            dialects=("ppio", "novita"),
             verbs=("create", "create with nothing said"),
             field=("body", *field),
             theirs=ABSENT,
@@ -104,27 +107,28 @@ DIFFERENCES: tuple[Difference, ...] = (
         Difference(
             dialects=(dialect,),
             verbs=(*CODE, *CONTEXTS),
-            field=("header", f"ppio-sandbox-{name}"),
+            field=("header", f"{dialect.partition('-')[0]}-sandbox-{name}"),
             theirs=ABSENT,
             ours=value,
             reason="As its SDK does for commands and files; leads to the sandbox where one URL stands for all.",
         )
-        for dialect, sandbox_id in (("ppio", ID), ("ppio-legacy", LEGACY_ID))
-        for name, value in (("id", sandbox_id), ("port", "49999"))
+        for dialect in PPIOS
+        for name, value in (("id", LEGACY_ID if dialect in LEGACY else ID), ("port", "49999"))
     ),
     *(
         Difference(
-            dialects=("ppio",),
+            dialects=(dialect,),
             verbs=("connect",),
-            field=("header", f"e2b-sandbox-{name}"),
+            field=("header", f"{prefix}-sandbox-{name}"),
             theirs=value,
             ours=ABSENT,
             reason="The path names the sandbox already, and the control plane needs no port.",
         )
+        for dialect, prefix in (("ppio", "e2b"), ("novita", "novita"))
         for name, value in (("id", ID), ("port", "49983"))
     ),
     Difference(
-        dialects=("e2b", "ucloud", "local"),
+        dialects=E2BS,
         verbs=CONTEXTS,
         field=("header", "x-access-token"),
         theirs=ABSENT,
@@ -139,6 +143,35 @@ DIFFERENCES: tuple[Difference, ...] = (
         ours=ABSENT,
         reason="There is no body whose type could be said.",
     ),
+    # How long is waited.
+    Difference(
+        dialects=PPIOS,
+        verbs=(
+            *("commands.list", "commands.kill", "send_stdin", "close_stdin"),
+            *("files.list", "files.list deep", "files.info", "files.exists"),
+            *("files.make_dir", "files.move", "files.remove"),
+        ),
+        field=("header", "connect-timeout-ms"),
+        theirs=ABSENT,
+        ours="60000",
+        reason="As E2B's SDK does: who is told how long anybody waits for it need not work any longer.",
+    ),
+    Difference(
+        dialects=ALL,
+        verbs=("commands.connect",),
+        field=("header", "connect-timeout-ms"),
+        theirs="60000",
+        ours=ABSENT,
+        reason="A command is followed for as long as it runs; what ends it is the timeout that it was started with.",
+    ),
+    Difference(
+        dialects=("novita", "novita-legacy"),
+        verbs=("files.write",),
+        field=("form",),
+        theirs="multipart",
+        ours="bytes",
+        reason="As the other SDKs: sent as it comes, without a frame; its envd takes both (PROTOCOL.md 4.1).",
+    ),
     Difference(
         dialects=ALL,
         verbs=("list",),
@@ -149,7 +182,16 @@ DIFFERENCES: tuple[Difference, ...] = (
     ),
 )
 
-FURTHER: Mapping[tuple[str, str], tuple[tuple[Request, ...], str]] = {}
+FURTHER: Mapping[tuple[str, str], tuple[tuple[Request, ...], str]] = {
+    **{
+        (dialect, "close_stdin"): (
+            tuple(replace(row, path="/process.Process/CloseStdin", body={"process": {"pid": 7}}) for row in table["send_stdin"]),
+            "envd has it from 0.5.2 on, whichever SDK asks.",
+        )
+        for dialect, table in TABLES.items()
+        if dialect in PPIOS
+    },
+}
 """By dialect and verb: what this client sends although the SDK has no such call, and why it may."""
 
 REFUSED: Mapping[tuple[str, str], str] = {}

@@ -38,22 +38,6 @@ CALLS: Mapping[str, Call] = {
     "list_contexts": lambda c, s: s.list_contexts(),
     "restart_context": lambda c, s: s.restart_context("c1"),
     "remove_context": lambda c, s: s.remove_context("c1"),
-}
-
-LATER: Mapping[str, Call] = {
-    "create waking": lambda c, s: c.create(timeout=123, auto_resume=True),
-    "create without internet": lambda c, s: c.create(timeout=123, auto_pause=False, internet=False),
-    "create by key": lambda c, s: c.create(timeout=123, auto_pause=False, idempotency_key="key-1"),
-    "pause without memory": lambda c, s: c.pause(s.id, memory=False),
-    "list by template": lambda c, s: all_of(c.list(template="tpl", started_after=START)),
-    "metrics": lambda c, s: c.metrics(s.id),
-    "metrics between": lambda c, s: c.metrics(s.id, start=START, end=END),
-    "snapshot": lambda c, s: c.snapshot(s.id),
-    "snapshot by name": lambda c, s: c.snapshot(s.id, name="snap"),
-    "list_snapshots": lambda c, s: all_of(c.list_snapshots()),
-    "list_snapshots of one": lambda c, s: all_of(c.list_snapshots(sandbox_id=s.id)),
-    "delete_snapshot": lambda c, s: c.delete_snapshot("team/snap:default"),
-    "fork": lambda c, s: c.fork(s.id, count=2),
     "commands.run": lambda c, s: s.commands.run("echo hi", cwd="/tmp", env={"B": "2"}),
     "commands.run as root": lambda c, s: s.commands.run("echo hi", user="root"),
     "commands.run without a limit": lambda c, s: s.commands.run("echo hi", timeout=None),
@@ -74,6 +58,26 @@ LATER: Mapping[str, Call] = {
     "files.move": lambda c, s: s.files.move("a.txt", "b.txt"),
     "files.remove": lambda c, s: s.files.remove("a.txt"),
 }
+
+LATER: Mapping[str, Call] = {
+    "create waking": lambda c, s: c.create(timeout=123, auto_resume=True),
+    "create without internet": lambda c, s: c.create(timeout=123, auto_pause=False, internet=False),
+    "create by key": lambda c, s: c.create(timeout=123, auto_pause=False, idempotency_key="key-1"),
+    "pause without memory": lambda c, s: c.pause(s.id, memory=False),
+    "list by template": lambda c, s: all_of(c.list(template="tpl", started_after=START)),
+    "metrics": lambda c, s: c.metrics(s.id),
+    "metrics between": lambda c, s: c.metrics(s.id, start=START, end=END),
+    "snapshot": lambda c, s: c.snapshot(s.id),
+    "snapshot by name": lambda c, s: c.snapshot(s.id, name="snap"),
+    "list_snapshots": lambda c, s: all_of(c.list_snapshots()),
+    "list_snapshots of one": lambda c, s: all_of(c.list_snapshots(sandbox_id=s.id)),
+    "delete_snapshot": lambda c, s: c.delete_snapshot("team/snap:default"),
+    "fork": lambda c, s: c.fork(s.id, count=2),
+}
+
+
+BEFORE: Mapping[str, str] = {"send_stdin": "commands.connect", "close_stdin": "commands.connect"}
+"""What has to be said first, where this client has a verb on an object that another one gives."""
 
 
 async def _connected(sandbox: Any) -> None:

@@ -55,15 +55,22 @@ PLACES: Mapping[str, Place] = {
         api="api.e2b.app",
         sandbox="sandbox.e2b.app",
     ),
-    "e2b on a cluster of one's own": Place(
-        table="e2b",
+    "e2b's published server by a domain": Place(
+        table="e2b-cluster",
         environ={"E2B_API_KEY": KEY, "E2B_DOMAIN": "own.example"},
         api="api.own.example",
         sandbox=f"{{port}}-{ID}.own.example",
+    ),
+    "e2b's published server by its URL alone": Place(
+        table="e2b-cluster",
+        environ={"E2B_API_URL": "https://api.own.example"},
+        api="api.own.example",
+        sandbox=f"{{port}}-{ID}.own.example",
+        key=False,
         whole=False,
     ),
-    "e2b by its URLs": Place(
-        table="e2b",
+    "e2b's published server by its URLs": Place(
+        table="e2b-cluster",
         environ={"E2B_API_KEY": KEY, "E2B_API_URL": "{url}", "E2B_SANDBOX_URL": "{url}/"},
         api="{own}",
         sandbox="{own}",
@@ -78,7 +85,7 @@ PLACES: Mapping[str, Place] = {
     ),
     "ucloud in another region": Place(
         table="ucloud",
-        environ={"UCLOUD_SANDBOX_API_KEY": KEY, "UCLOUD_SANDBOX_REGION": "eu", "UCLOUD_SANDBOX_DOMAIN": "not.this"},
+        environ={"AGENTBOX_API_KEY": KEY, "UCLOUD_SANDBOX_REGION": "eu", "UCLOUD_SANDBOX_DOMAIN": "not.this"},
         api="api.eu.sandbox.ucloudai.com",
         sandbox=f"{{port}}-{ID}.eu.sandbox.ucloudai.com",
         whole=False,
@@ -94,6 +101,18 @@ PLACES: Mapping[str, Place] = {
         environ={"PPIO_API_KEY": KEY},
         api="api.sandbox.ppio.cn",
         sandbox=f"{{port}}-{LEGACY_ID}.sandbox.ppio.cn",
+    ),
+    "novita": Place(
+        table="novita",
+        environ={"NOVITA_API_KEY": KEY},
+        api="api.us-phx-1.sandbox.novita.ai",
+        sandbox=f"{{port}}-{ID}.us-phx-1.sandbox.novita.ai",
+    ),
+    "novita on an older domain": Place(
+        table="novita-legacy",
+        environ={"NOVITA_API_KEY": KEY, "NOVITA_DOMAIN": "us-01.sandbox.novita.ai"},
+        api="api.us-01.sandbox.novita.ai",
+        sandbox=f"{{port}}-{LEGACY_ID}.us-01.sandbox.novita.ai",
     ),
     "local by a URL": Place(
         table="local",

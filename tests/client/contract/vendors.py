@@ -329,7 +329,7 @@ UCLOUD: Table = {
     "pause without memory": _ucloud.api("POST", "/sandboxes/{id}/pause", {"memory": False}),
 }
 
-def _with_siblings(prefix: str) -> tuple[Table, Table]:
+def _with_siblings(prefix: str, connecting: str) -> tuple[Table, Table]:
     """PPIO's dialect and its older one, which its sibling speaks under names of its own."""
     sdk = _Vendor(prefix=prefix, code=(), unary_timeout=False)
     create = {**_UCLOUD_CREATE, "autoPause": False}
@@ -344,7 +344,7 @@ def _with_siblings(prefix: str) -> tuple[Table, Table]:
         "create waking": sdk.api("POST", "/sandboxes", {**create, "autoPause": True, "autoResume": {"enabled": True}}),
         "create without internet": sdk.api("POST", "/sandboxes", {**create, "allow_internet_access": False}),
         "connect": tuple(
-            _with(request, {"e2b-sandbox-id": ID, "e2b-sandbox-port": "49983"})
+            _with(request, {f"{connecting}-sandbox-id": ID, f"{connecting}-sandbox-port": "49983"})
             for request in sdk.api("POST", "/sandboxes/{id}/connect", {"timeout": 77})
         ),
         "pause": sdk.api("POST", "/sandboxes/{id}/pause"),
@@ -373,7 +373,7 @@ def _with_siblings(prefix: str) -> tuple[Table, Table]:
     return modern, legacy
 
 
-PPIO, PPIO_LEGACY = _with_siblings("ppio")
+PPIO, PPIO_LEGACY = _with_siblings("ppio", connecting="e2b")
 NOVITA, NOVITA_LEGACY = (
     {
         **table,
@@ -387,7 +387,7 @@ NOVITA, NOVITA_LEGACY = (
             for request in table["files.write"]
         ),
     }
-    for table in _with_siblings("novita")
+    for table in _with_siblings("novita", connecting="novita")
 )
 
 CLUSTER: Table = {
