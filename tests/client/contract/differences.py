@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tests.client.contract.service import ID, TOKEN
-from tests.client.contract.vendors import LEGACY_ID, TABLES, Flat, Request
+from sandbox_tools.client.client import CREATE_KEY
+from tests.client.contract.service import ID, KEY, TOKEN
+from tests.client.contract.vendors import E2B, LEGACY_ID, TABLES, Flat, Request
 
 
 class _Sign:
@@ -46,6 +47,10 @@ class Difference:
         return rest if self.ours is ABSENT else {**rest, self.field: self.ours}
 
 
+CREATES = (
+    *("create", "create with nothing said", "create pausing", "create waking"),
+    *("create without internet", "create by key"),
+)
 CODE = ("run_code", "run_code in a context", "run_code in a language")
 CONTEXTS = ("create_context", "list_contexts", "restart_context", "remove_context")
 
@@ -53,7 +58,7 @@ DIFFERENCES: tuple[Difference, ...] = (
     # What a sandbox does when its time is up.
     Difference(
         dialects=E2BS,
-        verbs=("create",),
+        verbs=("create", "create without internet", "create by key"),
         field=("body", "autoPause"),
         theirs=ABSENT,
         ours=False,
@@ -94,13 +99,38 @@ DIFFERENCES: tuple[Difference, ...] = (
     *(
         Difference(
             dialects=("ppio", "novita"),
-            verbs=("create", "create with nothing said"),
+            verbs=("create with nothing said",),
             field=("body", *field),
             theirs=ABSENT,
             ours=value,
-            reason="As its SDK says it with auto-pause; without a pause there is nothing to wake.",
+            reason="As its SDK says it with auto-pause.",
         )
         for field, value in ((("autoResume",), "object"), (("autoResume", "enabled"), False))
+    ),
+    # A create that is found again.
+    Difference(
+        dialects=ALL,
+        verbs=tuple(verb for verb in CREATES if verb != "create by key"),
+        field=("body", "metadata", CREATE_KEY),
+        theirs=ABSENT,
+        ours=ANY,
+        reason="A create whose answer is lost is looked for by it, and not made twice (DESIGN decision 5).",
+    ),
+    Difference(
+        dialects=("e2b", "local"),
+        verbs=("create by key",),
+        field=("body", "metadata", CREATE_KEY),
+        theirs=ABSENT,
+        ours="key-1",
+        reason="The same, in the caller's words.",
+    ),
+    Difference(
+        dialects=("e2b", "local"),
+        verbs=tuple(verb for verb in CREATES if verb != "create by key"),
+        field=("header", "idempotency-key"),
+        theirs=ABSENT,
+        ours=ANY,
+        reason="The SDK sends one only where its caller names one; with it the server itself makes no second sandbox.",
     ),
     # Where a request goes.
     *(
@@ -164,17 +194,36 @@ DIFFERENCES: tuple[Difference, ...] = (
         ours=ABSENT,
         reason="A command is followed for as long as it runs; what ends it is the timeout that it was started with.",
     ),
+    # What a request looks like.
     Difference(
-        dialects=("novita", "novita-legacy"),
-        verbs=("files.write",),
-        field=("form",),
-        theirs="multipart",
-        ours="bytes",
-        reason="As the other SDKs: sent as it comes, without a frame; its envd takes both (PROTOCOL.md 4.1).",
+        dialects=("ppio", "novita"),
+        verbs=("delete_snapshot",),
+        field=("path",),
+        theirs="/templates/team/snap:default",
+        ours="/templates/team%2Fsnap%3Adefault",
+        reason="As E2B's SDK does: one id is one part of the path.",
+    ),
+    *(
+        Difference(
+            dialects=("novita", "novita-legacy"),
+            verbs=("files.write",),
+            field=name,
+            theirs=theirs,
+            ours=ours,
+            reason="As the other SDKs: sent as it comes, without a frame; its envd takes both (PROTOCOL.md 4.1).",
+        )
+        for name, theirs, ours in (
+            (("form",), "multipart", "bytes"),
+            (("header", "content-type"), "multipart/form-data", "application/octet-stream"),
+            (("body",), "object", b"hello"),
+            (("body", "name"), "file", ABSENT),
+            (("body", "filename"), "dir/é a.txt", ABSENT),
+            (("body", "content"), b"hello", ABSENT),
+        )
     ),
     Difference(
         dialects=ALL,
-        verbs=("list",),
+        verbs=("list", "list by template"),
         field=("query", "limit"),
         theirs=ABSENT,
         ours="100",
@@ -182,17 +231,58 @@ DIFFERENCES: tuple[Difference, ...] = (
     ),
 )
 
+_LOOK = Request(
+    to="api",
+    method="GET",
+    path="/v2/sandboxes",
+    query={"limit": "100", "metadata": "sandbox-tools%252Fcreate%3Dkey-1"},
+    headers={"x-api-key": KEY},
+)
+
 FURTHER: Mapping[tuple[str, str], tuple[tuple[Request, ...], str]] = {
     **{
         (dialect, "close_stdin"): (
-            tuple(replace(row, path="/process.Process/CloseStdin", body={"process": {"pid": 7}}) for row in table["send_stdin"]),
+            tuple(
+                replace(row, path="/process.Process/CloseStdin", body={"process": {"pid": 7}})
+                for row in table["send_stdin"]
+            ),
             "envd has it from 0.5.2 on, whichever SDK asks.",
         )
         for dialect, table in TABLES.items()
         if dialect in PPIOS
     },
+    **{
+        (dialect, "look for a key"): ((_LOOK,), "What a create by the same key has made before is taken.")
+        for dialect in TABLES
+    },
+    **{
+        (dialect, "create by key"): (
+            tuple(
+                replace(row, body={**row.body, "timeout": 123, "autoPause": False, "metadata": {CREATE_KEY: "key-1"}})
+                for row in table["create with nothing said"]
+            ),
+            "Without the header, the metadata alone says which create it was.",
+        )
+        for dialect, table in TABLES.items()
+        if "create by key" not in table
+    },
+    **{
+        (dialect, "list by template"): (
+            E2B["list by template"],
+            "Asked for whether or not the service knows it: what it lets through is filtered again here.",
+        )
+        for dialect in PPIOS
+    },
 }
 """By dialect and verb: what this client sends although the SDK has no such call, and why it may."""
 
-REFUSED: Mapping[tuple[str, str], str] = {}
+REFUSED: Mapping[tuple[str, str], str] = {
+    **{
+        (dialect, verb): "Its SDK refuses it on these domains too."
+        for dialect in LEGACY
+        for verb in ("snapshot", "snapshot by name", "list_snapshots", "list_snapshots of one", "delete_snapshot")
+    },
+    **{(dialect, "snapshot by name"): "Its SDK has no names for snapshots." for dialect in ("ppio", "novita")},
+    **{(dialect, "pause without memory"): "Its SDK has no such pause." for dialect in PPIOS},
+}
 """By dialect and verb: what this client refuses before any request, and why."""

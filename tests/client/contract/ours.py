@@ -57,9 +57,6 @@ CALLS: Mapping[str, Call] = {
     "files.make_dir": lambda c, s: s.files.make_dir("dir"),
     "files.move": lambda c, s: s.files.move("a.txt", "b.txt"),
     "files.remove": lambda c, s: s.files.remove("a.txt"),
-}
-
-LATER: Mapping[str, Call] = {
     "create waking": lambda c, s: c.create(timeout=123, auto_resume=True),
     "create without internet": lambda c, s: c.create(timeout=123, auto_pause=False, internet=False),
     "create by key": lambda c, s: c.create(timeout=123, auto_pause=False, idempotency_key="key-1"),
@@ -75,9 +72,12 @@ LATER: Mapping[str, Call] = {
     "fork": lambda c, s: c.fork(s.id, count=2),
 }
 
-
-BEFORE: Mapping[str, str] = {"send_stdin": "commands.connect", "close_stdin": "commands.connect"}
-"""What has to be said first, where this client has a verb on an object that another one gives."""
+BEFORE: Mapping[str, str] = {
+    "create by key": "look for a key",
+    "send_stdin": "commands.connect",
+    "close_stdin": "commands.connect",
+}
+"""What is said first."""
 
 
 async def _connected(sandbox: Any) -> None:

@@ -329,6 +329,7 @@ UCLOUD: Table = {
     "pause without memory": _ucloud.api("POST", "/sandboxes/{id}/pause", {"memory": False}),
 }
 
+
 def _with_siblings(prefix: str, connecting: str) -> tuple[Table, Table]:
     """PPIO's dialect and its older one, which its sibling speaks under names of its own."""
     sdk = _Vendor(prefix=prefix, code=(), unary_timeout=False)
@@ -363,7 +364,9 @@ def _with_siblings(prefix: str, connecting: str) -> tuple[Table, Table]:
         "create": sdk.api("POST", "/sandboxes", {**create, "metadata": METADATA, "envVars": {"A": "1"}}),
         "create with nothing said": sdk.api("POST", "/sandboxes", {**create, "timeout": 300}),
         "create pausing": sdk.api("POST", "/sandboxes", {**create, "autoPause": True}),
-        "create waking": sdk.api("POST", "/sandboxes", {**create, "autoPause": True, "metadata": {"auto_resume": "true"}}),
+        "create waking": sdk.api(
+            "POST", "/sandboxes", {**create, "autoPause": True, "metadata": {"auto_resume": "true"}}
+        ),
         "create without internet": sdk.api("POST", "/sandboxes", {**create, "allowInternetAccess": False}),
         "connect": sdk.api("POST", "/sandboxes/{id}/connect", {"timeout": 77, "autoPause": False}),
         "pause": sdk.api("POST", "/sandboxes/{id}/pause", {"sync": True}),  # its `beta_pause(sync=True)`
@@ -391,7 +394,7 @@ NOVITA, NOVITA_LEGACY = (
 )
 
 CLUSTER: Table = {
-    **E2B,
+    **{verb: rows for verb, rows in E2B.items() if verb != "create by key"},
     "create": _e2b.api(
         "POST", "/sandboxes", {**_E2B_CREATE, "secure": True, "metadata": METADATA, "envVars": {"A": "1"}}
     ),
@@ -403,13 +406,12 @@ CLUSTER: Table = {
     "create without internet": _e2b.api(
         "POST", "/sandboxes", {**_E2B_CREATE, "secure": True, "allow_internet_access": False}
     ),
-    "create by key": _e2b.api("POST", "/sandboxes", {**_E2B_CREATE, "secure": True}),
     "connect": _e2b.api("POST", "/sandboxes/{id}/connect", {"timeout": 77}),
 }
 """Of E2B's published server, for which there is no SDK of this version any more: rows of PROTOCOL.md 2.2."""
 
-LOCAL: Table = E2B
-"""This package's engine."""
+LOCAL: Table = {**E2B, "connect": CLUSTER["connect"]}
+"""This package's engine, which speaks as E2B does and knows both versions of connect."""
 
 TABLES: Mapping[str, Table] = {
     "e2b": E2B,
