@@ -113,8 +113,9 @@ class APIError(SandboxError):
         retry_after: float | None = None,
         op: str | None = None,
         sandbox_id: str | None = None,
+        retryable: bool | None = None,
     ) -> None:
-        super().__init__(message, op=op, sandbox_id=sandbox_id)
+        super().__init__(message, op=op, sandbox_id=sandbox_id, retryable=retryable)
         self.status_code = status_code if status_code is not None else status_of(type(self))
         self.error_code = error_code
         self.request_id = request_id

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AliasPath, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AliasPath, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.alias_generators import to_camel
 
 from sandbox_tools.errors import CommandError
@@ -109,12 +109,56 @@ class SandboxInfo(Wire):
     """Bytes on disk of the memory snapshot, 0 while running. None: the provider does not say."""
 
 
+class Metric(Wire):
+    """One sample of what a sandbox takes; bytes, and None where the provider does not say."""
+
+    timestamp: datetime
+    cpu_count: int = 0
+    cpu_used_pct: float = 0.0
+    """Percent; 100 is one core, or all of them, as the provider counts."""
+    mem_used: int | None = None
+    mem_total: int | None = None
+    mem_cache: int | None = None
+    disk_used: int | None = None
+    disk_total: int | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _mebibytes(cls, sample: Any) -> Any:
+        # As PPIO's legacy domains say it.
+        said = {f"mem{name}": sample.get(f"mem{name}MiB") for name in ("Used", "Total")}
+        return {name: int(value * 1024**2) for name, value in said.items() if isinstance(value, int | float)} | sample
+
+
+class SnapshotInfo(Wire):
+    """A snapshot; its id is a template for `create`."""
+
+    snapshot_id: Annotated[str, Field(alias="snapshotID")]
+    names: list[str] = []
+    size_bytes: int | None = None
+    """On disk. None: the provider does not say (only the local engine does)."""
+
+
 class ErrorBody(Wire):
     """Every error of the control plane."""
 
     code: int
     message: str
     error_code: Annotated[str | None, Field(alias="error_code")] = None
+
+
+class ForkResult(Wire):
+    """One copy, or why there is none."""
+
+    sandbox: SandboxGrant | None = None
+    error: ErrorBody | None = None
+
+
+class CloneResult(Wire):
+    """The answer of PPIO's `clone`."""
+
+    sandboxes: list[SandboxGrant]
+    snapshot_template_id: str | None = None
 
 
 # What `/execute` streams, one JSON object a line.

@@ -1,50 +1,66 @@
-"""The client: the verbs of the control plane, in whichever dialect the provider speaks."""
+"""The client: makes sandboxes, finds them again, and copies them, in whichever dialect the provider speaks."""
 
 from __future__ import annotations
 
-import urllib.parse
-from collections.abc import AsyncIterator, Callable, Mapping
+import asyncio
+import builtins
+import itertools
+import re
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import httpx
-from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from sandbox_tools.client import wire
+from sandbox_tools.client.control import ControlPlane
 from sandbox_tools.client.dialects import Dialect, choose
 from sandbox_tools.client.local import LocalEngine
 from sandbox_tools.client.sandbox import Sandbox
-from sandbox_tools.client.transport import LONG_REQUEST, Call, Transport
-from sandbox_tools.errors import ConfigError, ConflictError, NotFoundError, ProtocolError, SandboxStateError
+from sandbox_tools.client.transport import IDEMPOTENCY_KEY, LONG_REQUEST, Transport, may_have_happened
+from sandbox_tools.errors import (
+    APIError,
+    ConfigError,
+    NotFoundError,
+    ProtocolError,
+    RateLimitError,
+    SandboxError,
+    SandboxStateError,
+    ServerError,
+    TransportError,
+    error_for_status,
+)
 from sandbox_tools.models import (
     DEFAULT_TEMPLATE,
     DEFAULT_TIMEOUT,
+    AutoResume,
+    CloneResult,
     ConnectRequest,
     CreateRequest,
+    ForkResult,
     SandboxGrant,
-    SandboxInfo,
-    State,
-    TimeoutRequest,
 )
 from sandbox_tools.paths import state_directory
 
-M = TypeVar("M", bound=BaseModel)
+CREATE_KEY = "sandbox-tools/create"
+"""The metadata under which a sandbox bears the idempotency key of its create."""
 
-_ROWS = TypeAdapter(list[dict[str, Any]])
 
-
-class Client:
+class Client(ControlPlane):
     """Creates sandboxes and finds them again; an async context manager that owns its connections.
 
     No I/O happens before the first call. The local provider's engine is started by the first call that does not
     find it, which takes minutes once, while it builds its template.
 
     Args:
-        provider: `"e2b"`, `"ppio"`, `"ucloud"`, `"local"`, or a `Dialect`. None: the one whose key the environment
-            holds, else `"local"`.
+        provider: `"e2b"`, `"ppio"`, `"novita"`, `"ucloud"`, `"local"`, or a `Dialect`. None: the one whose key (or,
+            for a cluster of your own, `E2B_API_URL`) the environment holds, else `"local"`.
         api_key: None: from the environment (`E2B_API_KEY` and the like).
         api_url: None: from the environment, else the provider's own, else the local engine's Unix socket.
-        request_timeout: Seconds for one call to the control plane with all its repeats. Create, connect and pause,
-            which may move gigabytes, have at least 600 s.
+        request_timeout: Seconds for one call to the control plane with all its repeats. Those that may move gigabytes
+            (create, connect, fork, snapshot) have at least 600 s, and a pause has what the sandbox's size demands.
         verify_state: Whether `Sandbox.pause` leaves a mark in the sandbox and `Sandbox.resume` looks for it: a small
             request to the sandbox before the pause, and two at once after the resume.
         state_dir: Which local engine. None: `paths.state_directory()`. Other providers do not use it.
@@ -78,7 +94,9 @@ class Client:
 
         self.verify_state = verify_state
         self._long = max(request_timeout, LONG_REQUEST)
-        self.transport = Transport(self.address, request_timeout=request_timeout, engine=engine, inner=transport)
+        # Of the time that a create has, the end in which it is looked for if its answer was lost.
+        self._look = min(request_timeout, self._long / 10)
+        super().__init__(Transport(self.address, request_timeout=request_timeout, engine=engine, inner=transport))
 
     async def __aenter__(self) -> Self:
         return self
@@ -96,41 +114,77 @@ class Client:
         *,
         timeout: int = DEFAULT_TIMEOUT,
         auto_pause: bool = True,
+        auto_resume: bool = False,
         metadata: Mapping[str, str] | None = None,
         env: Mapping[str, str] | None = None,
+        secure: bool | None = None,
+        internet: bool = True,
+        idempotency_key: str | None = None,
     ) -> Sandbox:
         """Starts a new sandbox.
 
-        If this is cancelled or its answer is lost, a sandbox may exist that only its timeout ends: `list` by a
-        metadata value of your own finds it.
+        If the answer is lost, the sandbox is looked for, and taken if it is there; a second one is never made. If
+        this is cancelled, nothing more is sent, and a sandbox may be left that only its timeout ends, unless it is
+        created again with the same `idempotency_key`.
 
         Args:
-            template: None: the provider's code interpreter.
+            template: A template's or a snapshot's id or name. None: the provider's code interpreter.
             timeout: Seconds from now until the server pauses or kills it; renew with `set_timeout`.
             auto_pause: Pause at the timeout. False: kill.
+            auto_resume: Have any traffic wake it when it is paused; only with `auto_pause`.
             env: Set for all code and commands.
+            secure: Whether it asks for its token. None: as the provider's own SDK (not on PPIO's and Novita's
+                legacy domains, elsewhere it does). False is refused where all do (E2B, the local engine).
+            internet: Whether it may reach the internet (never, with the local engine).
+            idempotency_key: 1 to 255 lower-case letters, digits and hyphens: gives the sandbox that an earlier create
+                with that key has made, if it is there. Not for creates at the same time. None: a new one.
 
         Raises:
-            CapacityError, RateLimitError: There is no room now; nothing was started.
+            CapacityError, RateLimitError: There is no room now; nothing was started, unless `retryable` is None.
+            SandboxError: Where `retryable` is None, the sandbox may yet come to be. The message names the key.
         """
-        body = _body(
+        key = uuid.uuid4().hex if idempotency_key is None else idempotency_key
+        if not re.fullmatch("[a-z0-9-]{1,255}", key):
+            msg = f"`idempotency_key` is {key!r}. Pass 1 to 255 lower-case letters, digits and hyphens."
+            raise ConfigError(msg, op="create")
+
+        if auto_resume and not auto_pause:
+            msg = "`auto_resume` wakes what was paused. Pass `auto_pause=True` with it, or leave it out."
+            raise ConfigError(msg, op="create")
+
+        request = wire.body(
             CreateRequest,
             "create",
             template_id=template or DEFAULT_TEMPLATE,
-            timeout=_seconds("create", timeout),
+            timeout=wire.seconds("create", timeout),
             auto_pause=auto_pause,
-            metadata=dict(metadata or {}),
+            auto_resume=AutoResume(enabled=True) if auto_resume else None,
+            metadata={**(metadata or {}), CREATE_KEY: key},
             env_vars=dict(env or {}),
+            allow_internet_access=None if internet else False,
         )
-        call = Call(
-            op="create",
-            method="POST",
-            path=self.dialect.create_path,
-            body=self.dialect.create_body(body),
-            idempotent=False,
-            deadline=self._long,
-        )
-        return Sandbox(self, _parsed(SandboxGrant, await self.transport.send(call), "create"))
+        body = self.dialect.create_body(request, secure=secure)
+        if idempotency_key is not None and (made := await self._made_with(key, timeout)):
+            return made
+
+        headers = {IDEMPOTENCY_KEY: key} if self.dialect.idempotency_header else {}
+        more: dict[str, Any] = {"body": body, "headers": headers, "deadline": self._long - self._look}
+        try:
+            response = await self._send("create", "POST", self.dialect.create_path, idempotent=False, **more)
+            return Sandbox(self, self._known(wire.parsed(SandboxGrant, response, "create")))
+        except (TransportError, APIError) as error:
+            if error.retryable is not None and not may_have_happened(error):
+                raise
+
+            # A server that has answered for itself is done; one behind a broken connection may still be at it.
+            done = isinstance(error, ProtocolError) or (isinstance(error, APIError) and error.status_code == 500)
+            if made := await self._look_for(key, timeout, done=done):
+                return made
+
+            error.retryable = None
+            error.message += f" It may yet come to be: `create` with `idempotency_key={key!r}` looks for it first."
+            error.args = (error.message,)
+            raise
 
     async def connect(self, sandbox_id: str, *, timeout: int = DEFAULT_TIMEOUT) -> Sandbox:
         """Finds a sandbox, and wakes it when it is paused.
@@ -141,199 +195,104 @@ class Client:
         Raises:
             NotFoundError: It is gone.
         """
-        grant, woken = await self.grant(sandbox_id, timeout=timeout)
+        grant, resumed = await self.grant(sandbox_id, timeout=timeout)
         sandbox = Sandbox(self, grant)
-        if woken:
+        if resumed:
             await sandbox.until_ready()
 
         return sandbox
 
     async def grant(self, sandbox_id: str, *, timeout: int) -> tuple[SandboxGrant, bool]:
-        """What `connect` and `Sandbox.resume` share: the right to use the sandbox, and whether this woke it."""
-        body = _body(ConnectRequest, "connect", timeout=_seconds("connect", timeout))
-        call = Call(
-            op="connect",
-            method="POST",
-            path=self.dialect.connect_path.format(id=_quoted("connect", sandbox_id)),
-            sandbox_id=sandbox_id,
-            body={**body.model_dump(by_alias=True), **self.dialect.connect_with},
-            deadline=self._long,
-        )
-        response = await self.transport.send(call)
-        return _parsed(SandboxGrant, response, "connect", sandbox_id), response.status_code == 201
-
-    async def pause(self, sandbox_id: str, *, memory: bool = True) -> bool:
-        """Puts memory and files on disk and frees the RAM; running streams are cut.
+        """What `connect` and `Sandbox.resume` share: wakes the sandbox and gives the right to use it.
 
         Returns:
-            True: paused by this call. False: it was paused already (or by an attempt whose answer was lost).
-
-        Raises:
-            NotFoundError: It is gone.
-            ConflictError: It is in a transition that forbids a pause.
+            Also whether it may just have been resumed; False means that it certainly ran before.
         """
-        path = f"/sandboxes/{_quoted('pause', sandbox_id)}/pause"
-        call = Call(
-            op="pause",
-            method="POST",
-            path=path,
-            sandbox_id=sandbox_id,
-            body=self.dialect.pause_body if memory else {**(self.dialect.pause_body or {}), "memory": False},
-            deadline=self._long,
-        )
-        try:
-            await self.transport.send(call)
-        except ConflictError:
-            if (await self.info(sandbox_id)).state != "paused":
-                raise
+        body = wire.body(ConnectRequest, "connect", timeout=wire.seconds("connect", timeout)).model_dump()
+        body.update(self.dialect.connect_with)
+        path = self.dialect.connect_path
+        response = await self._send("connect", "POST", path, sandbox_id, body=body, deadline=self._long)
+        # Behind a repeated attempt, "it runs" may be the work of an earlier one whose answer was lost.
+        resumed = response.status_code != 200 or response.extensions["attempts"] > 1
+        return self._known(wire.parsed(SandboxGrant, response, "connect", sandbox_id)), resumed
 
-            return False
+    async def fork(
+        self, sandbox_id: str, *, count: int = 1, timeout: int = DEFAULT_TIMEOUT
+    ) -> builtins.list[Sandbox | SandboxError]:
+        """Makes copies of a running sandbox, memory and all; for each the sandbox, or why there is none.
 
-        return True
-
-    async def kill(self, sandbox_id: str) -> bool:
-        """Ends a sandbox, running or paused, with all that is in it.
-
-        Returns:
-            True: killed. False: there was none (or an attempt whose answer was lost had killed it).
-        """
-        path = f"/sandboxes/{_quoted('kill', sandbox_id)}"
-        try:
-            await self.transport.send(Call(op="kill", method="DELETE", path=path, sandbox_id=sandbox_id))
-        except NotFoundError:
-            return False
-
-        return True
-
-    async def info(self, sandbox_id: str, *, deadline: float | None = None) -> SandboxInfo:
-        """Looks at a sandbox without waking it.
+        If this is cancelled or its answer is lost, there may be copies that only their timeout ends; they bear the
+        metadata of the original.
 
         Args:
-            deadline: Seconds. None: `request_timeout`.
+            count: How many, 1 to 100.
+            timeout: Seconds from now until the end of each.
 
         Raises:
-            NotFoundError: It is gone.
+            NotFoundError: The original is gone.
+            ConflictError: It is paused.
         """
-        path = f"/sandboxes/{_quoted('info', sandbox_id)}"
-        call = Call(op="info", method="GET", path=path, sandbox_id=sandbox_id, deadline=deadline)
-        return self._own(_parsed(SandboxInfo, await self.transport.send(call), "info", sandbox_id))
+        if not 1 <= count <= 100:
+            msg = f"`count` of `fork` is {count!r}. Pass 1 to 100."
+            raise ConfigError(msg, op="fork", sandbox_id=sandbox_id)
 
-    async def list(
-        self, *, state: State | None = None, metadata: Mapping[str, str] | None = None
-    ) -> AsyncIterator[SandboxInfo]:
-        """All sandboxes of this key, newest first, fetched page by page.
+        body = {"timeout": wire.seconds("fork", timeout), "count": count, **self.dialect.fork_with}
+        more: dict[str, Any] = {"body": body, "idempotent": False, "deadline": self._long}
+        response = await self._send("fork", "POST", self.dialect.fork_path, sandbox_id, **more)
+        if response.content.lstrip()[:1] == b"{":
+            made = wire.parsed(CloneResult, response, "fork", sandbox_id).sandboxes
+            results = [ForkResult(sandbox=grant) for grant in made]
+        else:
+            results = wire.parsed_rows(ForkResult, response, "fork", sandbox_id)
 
-        Args:
-            state: None: running and paused ones.
-            metadata: Only those that have all these pairs. None: all.
-        """
-        params = {"limit": "100"}
-        if state:
-            params["state"] = state
+        results += [ForkResult()] * (count - len(results))
+        return [self._copy(result, sandbox_id) for result in results]
 
-        if metadata:
-            # The wire's own double encoding; httpx adds the third that a query needs (E2B's SDKs do the same).
-            quote = urllib.parse.quote
-            params["metadata"] = urllib.parse.urlencode({quote(k): quote(v) for k, v in metadata.items()})
+    def _copy(self, result: ForkResult, sandbox_id: str) -> Sandbox | SandboxError:
+        if result.sandbox is not None:
+            return Sandbox(self, self._known(result.sandbox))
 
-        seen: set[str] = set()
-        while True:
-            response = await self.transport.send(Call(op="list", method="GET", path="/v2/sandboxes", params=params))
-            rows = [self._own(row) for row in _parsed_rows(response)]
-            fresh = [row for row in rows if row.sandbox_id not in seen]
-            seen.update(row.sandbox_id for row in fresh)
-            for row in fresh:
-                # Asked for already, but a server that ignores a filter must not widen what the caller acts on.
-                if (state is None or row.state == state) and (metadata or {}).items() <= row.metadata.items():
-                    yield row
+        code, said = (result.error.code, result.error.message) if result.error else (500, "no reason given")
+        msg = f"A copy could not be made: {self.transport.quoted(said)!r}. Fork again if you need it."
+        return error_for_status(code)(msg, status_code=code, op="fork", sandbox_id=sandbox_id)
 
-            token = response.headers.get("x-next-token")
-            if not token:
-                return
+    async def _made_with(self, key: str, timeout: int) -> Sandbox | None:
+        """The sandbox whose create had that key. None: there is none now."""
+        found = [info.sandbox_id async for info in self.list(metadata={CREATE_KEY: key})]
+        if len(found) > 1:
+            # Forks bear the metadata of their original.
+            msg = f"Several sandboxes bear the idempotency key {key!r}: {found}. Connect to the one you mean."
+            raise SandboxStateError(msg, op="create")
 
-            if not fresh:
-                msg = "`list` was given a next page that brings nothing new. Check what answers at the API URL."
-                raise ProtocolError(msg, op="list")
+        with suppress(NotFoundError):
+            return await self.connect(found[0], timeout=timeout) if found else None
 
-            params["nextToken"] = token
+        return None
 
-    async def set_timeout(self, sandbox_id: str, timeout: int) -> None:
-        """Moves the end of a running sandbox, later or earlier.
+    async def _look_for(self, key: str, timeout: int, *, done: bool) -> Sandbox | None:
+        """The sandbox of a create whose answer was lost. None: it has not come to be so far, or nobody can say."""
+        pauses = itertools.chain((0.1, 0.4, 1.0), () if done else itertools.repeat(3.0))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._look):
+                while True:
+                    try:
+                        if made := await self._made_with(key, timeout):
+                            return made
+                    except ProtocolError:
+                        return None
+                    except (TransportError, ServerError, RateLimitError):
+                        pass  # As the create itself: it may get through a moment later.
+                    except APIError:
+                        return None
 
-        Args:
-            timeout: Seconds from now. 0: it ends at once (paused or killed, as `create` was told).
+                    pause = next(pauses, None)
+                    if pause is None:
+                        return None
 
-        Raises:
-            NotFoundError: It is gone.
-            SandboxStateError: It is paused, and so has no end to move.
-        """
-        path = f"/sandboxes/{_quoted('set_timeout', sandbox_id)}/timeout"
-        body = _body(TimeoutRequest, "set_timeout", timeout=timeout)
-        call = Call(op="set_timeout", method="POST", path=path, sandbox_id=sandbox_id, body=body.model_dump())
-        try:
-            await self.transport.send(call)
-        except NotFoundError as error:
-            # The wire says 404 for a paused one too, and a caller who believed that would start anew.
-            if (await self.info(sandbox_id)).state != "paused":
-                raise
+                    await asyncio.sleep(pause)
 
-            msg = f"`set_timeout` needs a running sandbox, and {sandbox_id!r} is paused. Connect to it first."
-            raise SandboxStateError(msg, op="set_timeout", sandbox_id=sandbox_id) from error
+        return None
 
-    def _own(self, info: SandboxInfo) -> SandboxInfo:
-        own_id = self.dialect.sandbox_id(info.sandbox_id, info.client_id)
-        return info if own_id == info.sandbox_id else info.model_copy(update={"sandbox_id": own_id})
-
-
-def _seconds(op: str, timeout: int) -> int:
-    if timeout <= 0:
-        msg = f"`timeout` of `{op}` is {timeout!r}. Pass a positive number of seconds."
-        raise ConfigError(msg, op=op)
-
-    return timeout
-
-
-def _quoted(op: str, sandbox_id: str) -> str:
-    if not sandbox_id or sandbox_id in (".", ".."):
-        msg = f"`{op}` needs a sandbox id, not {sandbox_id!r}. Pass the `id` of a `Sandbox`."
-        raise ConfigError(msg, op=op)
-
-    return urllib.parse.quote(sandbox_id, safe="")
-
-
-def _body(model: type[M], op: str, **fields: object) -> M:
-    try:
-        return model.model_validate(fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        msg = f"`{op}` was given a wrong `{'.'.join(map(str, first['loc']))}`: {first['msg']}. Correct it."
-        raise ConfigError(msg, op=op) from None
-
-
-def _parsed(model: type[M], response: httpx.Response, op: str, sandbox_id: str | None = None) -> M:
-    try:
-        return model.model_validate(_present(TypeAdapter(dict[str, Any]).validate_json(response.content)))
-    except ValidationError:
-        raise _shapeless(response, op, sandbox_id) from None
-
-
-def _parsed_rows(response: httpx.Response) -> list[SandboxInfo]:
-    try:
-        return [SandboxInfo.model_validate(_present(row)) for row in _ROWS.validate_json(response.content)]
-    except ValidationError:
-        raise _shapeless(response, "list", None) from None
-
-
-def _present(fields: dict[str, Any]) -> dict[str, Any]:
-    # On this wire a null means the same as an absent field.
-    return {name: value for name, value in fields.items() if value is not None}
-
-
-def _shapeless(response: httpx.Response, op: str, sandbox_id: str | None) -> ProtocolError:
-    # Neither the body nor pydantic's error is shown: they may hold an access token.
-    kind = response.headers.get("content-type", "no content type")
-    msg = (
-        f"`{op}` was answered with status {response.status_code} and {len(response.content)} bytes of {kind!r} that "
-        "are not of the protocol. Check the API URL."
-    )
-    return ProtocolError(msg, op=op, sandbox_id=sandbox_id)
+    def _known(self, grant: SandboxGrant) -> SandboxGrant:
+        self.transport.keep_secret(grant.envd_access_token, grant.traffic_access_token)
+        return grant

@@ -53,9 +53,7 @@ READY_LIMIT = 5.0
 
 
 class _Contexts(BaseModel):
-    """The list as PPIO may give it."""
-
-    contexts: list[CodeContext]
+    contexts: list[CodeContext]  # PPIO may put the list into an object
 
 
 _CONTEXT = TypeAdapter(CodeContext)
@@ -252,10 +250,10 @@ class Sandbox:
         Raises:
             StateLostError: It runs and can be used, but its memory or files are older than what was last paused here.
         """
-        self._grant, woken = await self._client.grant(self.id, timeout=timeout)
+        self._grant, resumed = await self._client.grant(self.id, timeout=timeout)
         planted = self.sentinel
         # An answer that was lost, or somebody else, may have woken it before: then it runs, and nobody has looked.
-        if woken or planted is not self._checked:
+        if resumed or planted is not self._checked:
             await self.until_ready()
             if planted:
                 try:

@@ -92,7 +92,10 @@ async def check(sandbox: Sandbox, sentinel: Sentinel) -> bool:
 async def _read(sandbox: Sandbox, path: str) -> str | None:
     """What is in a place, nothing if it is not there. None: nobody could look."""
     try:
-        return (await ask(sandbox, "resume", "GET", ENVD_PORT, "/files", timeout=LIMIT, params={"path": path})).decode()
+        answer = await ask(
+            sandbox, "resume", "GET", ENVD_PORT, "/files", params={"path": path}, idempotent=True, timeout=LIMIT
+        )
+        return answer.decode(errors="replace")
     except NotFoundError:
         return ""
     except SandboxError as error:

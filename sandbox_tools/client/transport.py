@@ -41,6 +41,12 @@ CONNECT_TIMEOUT = 10.0
 
 ATTEMPTS = 4
 
+SECRETS = 4096
+"""How many tokens are remembered, to keep them out of messages; the oldest are forgotten first."""
+
+QUOTED = 500
+"""Characters of a server's own words that a message repeats."""
+
 # Below the 5 s after which common servers close an idle connection, so that none is used while it is being closed.
 KEEPALIVE_EXPIRY = 2.0
 
@@ -77,6 +83,9 @@ _ADVICE: dict[int, str] = {
     503: "There is no room now; try again later.",
 }
 
+IDEMPOTENCY_KEY = "Idempotency-Key"
+"""The header by which a server that knows it tells a repeated create from a second one."""
+
 REQUEST_ID_HEADERS = ("x-request-id", "request-id", "x-trace-id")
 
 
@@ -88,10 +97,12 @@ class Call:
     method: str
     path: str
     sandbox_id: str | None = None
-    body: Mapping[str, Any] | None = None
+    body: Mapping[str, Any] | None = field(default=None, repr=False)
     params: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
     idempotent: bool = True
-    """Whether doing it twice is the same as once. If not, it is repeated only where it certainly did not happen."""
+    """Whether doing it twice is the same as once. If not, it is repeated only where it certainly did not happen, or
+    where the server is sent an `Idempotency-Key`."""
     deadline: float | None = None
     """Seconds for the call with all its repeats. None: the client's `request_timeout`."""
 
@@ -116,6 +127,8 @@ class Transport:
         self._address = address
         self._request_timeout = request_timeout
         self._engine = engine
+        self._secrets: dict[str, None] = {}
+        self.keep_secret(address.api_key)
         self.socket = socket = engine.socket if engine else None
         # No certificates are read for a Unix socket: that takes longer than most calls on it.
         verify = False if socket or inner else httpx.create_ssl_context()
@@ -134,37 +147,58 @@ class Transport:
     async def send(self, call: Call) -> httpx.Response:
         """Sends one call to the control plane, repeats it where that is safe, and gives the 2xx answer.
 
+        Its `extensions["attempts"]` says how often the call was sent.
+
+        Its `extensions["attempts"]` says how often it was sent.
+
         Raises:
             TransportError: No usable answer came.
             APIError: The server said no.
         """
         seconds = call.deadline or self._request_timeout
+        repeatable = call.idempotent or IDEMPOTENCY_KEY in call.headers
         http = self._pooled if call.idempotent else self._fresh
-        headers = {"X-API-KEY": self._address.api_key} if self._address.api_key else {}
+        headers = {**call.headers, **({"X-API-KEY": self._address.api_key} if self._address.api_key else {})}
         request = http.build_request(
             call.method, self._address.api_url + call.path, params=call.params, json=call.body, headers=headers
         )
 
+        attempts, doubt = 0, False
+        failure: SandboxError | None = None
+
         async def once() -> httpx.Response:
+            nonlocal attempts, doubt, failure
+            attempts, failure = attempts + 1, None
             try:
                 response = await http.send(request)
+                if response.is_success:
+                    response.extensions["attempts"] = attempts
+                    return response
+
+                failure = self.refusal(response, op=call.op, sandbox_id=call.sandbox_id)
             except (httpx.HTTPError, httpx.InvalidURL) as error:
-                raise translate(error, op=call.op, sandbox_id=call.sandbox_id) from error
+                failure = translate(error, op=call.op, sandbox_id=call.sandbox_id)
+                failure.__cause__ = error
 
-            if not response.is_success:
-                raise self.refusal(response, op=call.op, sandbox_id=call.sandbox_id)
+            # What one attempt may have done, no later one's failure undoes.
+            doubt = doubt or may_have_happened(failure)
+            if doubt and not call.idempotent and failure.retryable:
+                failure.retryable = None
 
-            return response
+            raise failure
 
         async def repeated() -> httpx.Response:
             end = time.monotonic() + seconds
-            again = _safe_to_repeat if call.idempotent else _certainly_not_done
+            again = _safe_to_repeat if repeatable else _certainly_not_done
             try:
                 async with asyncio.timeout(seconds) as limit:
                     return await _repeat(once, lambda error: again(error) and time.monotonic() + _wait(error) < end)
             except TimeoutError as error:
                 if not limit.expired():
                     raise
+
+                if failure is not None:  # It came while the next attempt was waited for.
+                    raise failure from error
 
                 msg = (
                     f"`{call.op}` got no answer within {seconds:g} s, so it may have happened. "
@@ -214,27 +248,40 @@ class Transport:
             # a new sandbox could be made on its strength.
             if status < 500 and status not in (401, 403, 429):
                 msg = (
-                    f"`{op}` was answered with status {status} and {response.text[:200]!r}, which is not of the "
-                    "protocol. Check the API URL."
+                    f"`{op}` was answered with status {status} and {self.quoted(response.text)!r}, which is not of "
+                    "the protocol. Check the API URL."
                 )
-                return ProtocolError(self._without_key(msg), op=op, sandbox_id=sandbox_id)
+                return ProtocolError(msg, op=op, sandbox_id=sandbox_id)
 
-            body = ErrorBody(code=status, message=response.text[:200])
+            body = ErrorBody(code=status, message=response.text)
 
         advice = _ADVICE.get(status, "Try again later." if status >= 500 else "Check the arguments.")
-        msg = f"`{op}` was refused with status {status}: {body.message!r}. {advice}"
+        msg = f"`{op}` was refused with status {status}: {self.quoted(body.message)!r}. {advice}"
+        request_id = next((response.headers[name] for name in REQUEST_ID_HEADERS if name in response.headers), None)
         return error_for_status(status)(
-            self._without_key(msg),
+            msg,
             status_code=status,
-            error_code=body.error_code,
-            request_id=next((response.headers[name] for name in REQUEST_ID_HEADERS if name in response.headers), None),
+            error_code=self.quoted(body.error_code) if body.error_code else None,
+            request_id=self.quoted(request_id) if request_id else None,
             retry_after=retry_after(response.headers.get("retry-after")),
             op=op,
             sandbox_id=sandbox_id,
+            retryable={"true": True, "false": False}.get(response.headers.get("should-retry", "").strip().lower()),
         )
 
-    def _without_key(self, message: str) -> str:
-        return message.replace(self._address.api_key, "***") if self._address.api_key else message
+    def keep_secret(self, *tokens: str | None) -> None:
+        """Have `quoted` leave these out."""
+        self._secrets |= dict.fromkeys(filter(None, tokens))
+        for oldest in list(self._secrets)[1:-SECRETS]:  # The first is the key.
+            del self._secrets[oldest]
+
+    def quoted(self, text: str) -> str:
+        """The beginning of a server's own words, without the key and the tokens."""
+        text = text[: 16 * QUOTED]
+        for secret in self._secrets:  # Before it is cut for good, which might leave half a secret.
+            text = text.replace(secret, "***")
+
+        return text[:QUOTED]
 
     async def _with_engine(self, attempt: Callable[[], Awaitable[T]]) -> T:
         if self._engine is None:
@@ -305,7 +352,7 @@ def _http(
 async def _repeat(once: Callable[[], Awaitable[T]], again: Callable[[BaseException], bool]) -> T:
     retrying = tenacity.AsyncRetrying(
         stop=tenacity.stop_after_attempt(ATTEMPTS),
-        wait=lambda state: _wait(state.outcome.exception() if state.outcome else None) or _jitter(state),
+        wait=lambda state: _wait(state.outcome.exception() if state.outcome else None) + _jitter(state),
         retry=tenacity.retry_if_exception(again),
         reraise=True,
     )
@@ -320,13 +367,20 @@ def _wait(error: BaseException | None) -> float:
 
 
 def _safe_to_repeat(error: BaseException) -> bool:
-    if isinstance(error, ServerError):
-        return error.status_code in (502, 503, 504)
+    if isinstance(error, APIError):
+        # The last word on it is the server's `Should-Retry`, where it has one.
+        return bool(error.retryable) or (error.retryable is None and error.status_code in (502, 504))
 
     # A broken connection leaves open whether it happened, which does not matter to what may be done twice.
-    return isinstance(error, (ConnectError, RateLimitError)) or type(error) is TransportError
+    return isinstance(error, ConnectError) or type(error) is TransportError
+
+
+def may_have_happened(error: BaseException) -> bool:
+    """Whether the call may have had an effect although it failed."""
+    unsure = isinstance(error, (TransportError, ServerError)) and not isinstance(error, ConnectError)
+    return unsure and getattr(error, "error_code", None) != "sandbox_capacity_unavailable"
 
 
 def _certainly_not_done(error: BaseException) -> bool:
-    refused = isinstance(error, CapacityError) and error.error_code == "sandbox_capacity_unavailable"
-    return refused or isinstance(error, (ConnectError, RateLimitError))
+    refused = isinstance(error, (ConnectError, RateLimitError, CapacityError)) and bool(error.retryable)
+    return refused and not may_have_happened(error)

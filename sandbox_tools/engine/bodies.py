@@ -11,7 +11,7 @@ from pydantic import AliasChoices, AwareDatetime, BeforeValidator, ConfigDict, F
 from sandbox_tools.engine.journal import Level
 from sandbox_tools.engine.listing import Order
 from sandbox_tools.engine.saved import REFERENCE
-from sandbox_tools.models import CreateRequest, ErrorBody, SandboxGrant, SandboxInfo, Wire
+from sandbox_tools.models import CreateRequest, SandboxInfo, Wire
 
 MAX_TIMEOUT = 24 * 3600
 """Seconds; the longest that E2B's larger plan allows, for a timeout and for a run."""
@@ -310,17 +310,3 @@ class SnapshotInfo(Wire):
     names: list[str]
     size_bytes: int
     """On disk."""
-
-
-class ForkResult(Wire):
-    """One copy, or why there is none."""
-
-    sandbox: SandboxGrant | None = None
-    error: ErrorBody | None = None
-
-
-class CloneResult(Wire):
-    """The answer of PPIO's `clone`."""
-
-    sandboxes: list[SandboxGrant]
-    snapshot_template_id: str | None = None

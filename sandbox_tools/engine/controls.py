@@ -7,10 +7,8 @@ from typing import Any
 from sandbox_tools.engine import copies
 from sandbox_tools.engine.bodies import (
     Clone,
-    CloneResult,
     Connect,
     Fork,
-    ForkResult,
     NewSandbox,
     Pause,
     Refresh,
@@ -25,7 +23,7 @@ from sandbox_tools.engine.records import new_token
 from sandbox_tools.engine.reports import shown
 from sandbox_tools.engine.saved import normalised
 from sandbox_tools.engine.unsupported import refuse
-from sandbox_tools.models import SandboxGrant
+from sandbox_tools.models import CloneResult, ForkResult, SandboxGrant
 
 
 async def create(call: Call) -> Answer:

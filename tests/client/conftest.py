@@ -59,6 +59,9 @@ class Server:
         return JSONResponse(self.grant(sandbox_id), 201)
 
     async def list(self, request: Request) -> Response:
+        if request.method == "POST":
+            return await self.create(request)
+
         self.asked.append(request.url.query)
         start = int(request.query_params.get("nextToken", 0))
         ids = [i for i in self.states if self.states[i] == request.query_params.get("state", self.states[i])]
@@ -91,8 +94,9 @@ class Server:
         if sandbox_id not in self.states:
             return self.no(404, "no such sandbox")
 
+        woken = self.states[sandbox_id] == "paused"
         self.states[sandbox_id] = "running"
-        return JSONResponse(self.grant(sandbox_id))
+        return JSONResponse(self.grant(sandbox_id), 201 if woken else 200)
 
     async def timeout(self, request: Request) -> Response:
         state = self.states.get(request.path_params["id"])

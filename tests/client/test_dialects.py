@@ -20,9 +20,9 @@ def test_without_any_key_the_local_engine_is_chosen() -> None:
     assert not address.url_named
 
 
-@pytest.mark.parametrize("name", ["e2b", "ppio", "ucloud"])
+@pytest.mark.parametrize("name", ["e2b", "ppio", "novita", "ucloud"])
 def test_the_key_in_the_environment_chooses_the_provider(name: str) -> None:
-    dialect, address = choose(environ={DIALECTS[name].key_env: "k"})
+    dialect, address = choose(environ={DIALECTS[name].key_env[0]: "k"})
 
     assert name == dialect.name
     assert "k" == address.api_key
@@ -88,12 +88,13 @@ COMMON = {
     ("dialect", "path", "extra", "pause"),
     [
         (DIALECTS["e2b"], "/v2/sandboxes", {}, {}),
+        (choose("e2b", api_url="http://cluster:3000", environ={})[0], "/sandboxes", {"secure": True}, {}),
         (DIALECTS["ucloud"], "/sandboxes", {"secure": True, "allow_internet_access": True}, {"memory": True}),
         (PPIO, "/sandboxes", {"secure": True, "allow_internet_access": True, "autoResume": {"enabled": False}}, None),
         (PPIO_LEGACY, "/sandboxes", {"secure": False, "allowInternetAccess": True}, {"sync": True}),
-        (LOCAL, "/sandboxes", {"secure": True}, {}),
+        (LOCAL, "/v2/sandboxes", {}, {}),
     ],
-    ids=["e2b", "ucloud", "ppio", "ppio-legacy", "local"],
+    ids=["e2b", "e2b cluster", "ucloud", "ppio", "ppio-legacy", "local"],
 )
 def test_each_provider_is_sent_what_its_own_sdk_sends(dialect, path, extra, pause) -> None:
     """Bodies as recorded from the vendors' SDKs; legacy pause is the synchronous one that its SDK offers too."""
@@ -136,6 +137,6 @@ def test_one_url_for_all_sandboxes_wins_over_every_host_rule() -> None:
 
 
 def test_a_provider_of_ones_own_is_one_dialect() -> None:
-    own = replace(DIALECTS["e2b"], name="own", key_env="OWN_KEY", default_domain="own.example")
+    own = replace(DIALECTS["e2b"], name="own", key_env=("OWN_KEY",), default_domain="own.example")
 
     assert "https://api.own.example" == choose(own, environ={"OWN_KEY": "k"})[1].api_url

@@ -224,7 +224,9 @@ async def test_what_must_not_be_sent_twice_never_travels_on_a_used_connection(st
                 await sandbox.run_code("print 1")
 
     alone = [paths for paths in requests if len(paths) == 1]
-    assert [["/execute"], ["/execute"], ["/sandboxes"], ["/sandboxes"]] == sorted(p for p in alone if p != ["/health"])
+    assert [["/execute"], ["/execute"], ["/v2/sandboxes"], ["/v2/sandboxes"]] == sorted(
+        p for p in alone if p != ["/health"]
+    )
     assert ["/sandboxes/i1"] * 4 in requests
 
 

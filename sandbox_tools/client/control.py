@@ -1,0 +1,223 @@
+"""The verbs on sandboxes and snapshots that are there, in whichever dialect the provider speaks."""
+
+from __future__ import annotations
+
+import builtins
+import urllib.parse
+from collections.abc import AsyncIterator, Mapping
+from datetime import datetime
+from typing import Any
+
+import httpx
+
+from sandbox_tools.client import wire
+from sandbox_tools.client.dialects import Dialect
+from sandbox_tools.client.transport import LONG_REQUEST, Call, Transport
+from sandbox_tools.errors import ConflictError, NotFoundError, SandboxStateError
+from sandbox_tools.models import Metric, SandboxInfo, SnapshotInfo, State, TimeoutRequest
+
+KNOWN_SIZES = 4096
+"""How many sandboxes' sizes are remembered; the oldest are forgotten first."""
+
+
+class ControlPlane:
+    """What `Client` can do with a sandbox or snapshot by its id.
+
+    A verb that the provider does not have raises a `ConfigError` that names both, before any I/O.
+    """
+
+    dialect: Dialect
+
+    def __init__(self, transport: Transport) -> None:
+        self.transport = transport
+        self._memory_mb: dict[str, int] = {}
+
+    async def pause(self, sandbox_id: str, *, memory: bool = True) -> bool:
+        """Puts memory and files on disk and frees the RAM; running streams are cut.
+
+        It has 60 s and 16 s for each GiB of RAM, where a look at the sandbox has told this client how much it has,
+        and 600 s elsewhere.
+
+        Args:
+            memory: False: processes end, and only files are kept.
+
+        Returns:
+            True: paused by this call. False: it was paused already (or by an attempt whose answer was lost).
+
+        Raises:
+            NotFoundError: It is gone.
+            ConflictError: It is in a transition that forbids a pause.
+            ConfigError: The provider has no pause without memory.
+        """
+        known = self._memory_mb.get(sandbox_id)
+        deadline = LONG_REQUEST if known is None else 60 + 16 * known / 1024
+        self.dialect.require(f"pause(memory={memory})")
+        body = self.dialect.pause_body if memory else {"memory": False}
+        try:
+            await self._send("pause", "POST", "/sandboxes/{id}/pause", sandbox_id, body=body, deadline=deadline)
+        except ConflictError:
+            if (await self.info(sandbox_id)).state != "paused":
+                raise
+
+            return False
+
+        return True
+
+    async def kill(self, sandbox_id: str) -> bool:
+        """Ends a sandbox, running or paused, with all that is in it.
+
+        Returns:
+            True: killed. False: there was none (or an attempt whose answer was lost had killed it).
+        """
+        return await self._delete("kill", "/sandboxes/{id}", sandbox_id)
+
+    async def info(self, sandbox_id: str, *, deadline: float | None = None) -> SandboxInfo:
+        """Looks at a sandbox without waking it.
+
+        Args:
+            deadline: Seconds. None: `request_timeout`.
+
+        Raises:
+            NotFoundError: It is gone.
+        """
+        response = await self._send("info", "GET", "/sandboxes/{id}", sandbox_id, deadline=deadline)
+        return self._own(wire.parsed(SandboxInfo, response, "info", sandbox_id))
+
+    async def list(
+        self,
+        *,
+        state: State | None = None,
+        metadata: Mapping[str, str] | None = None,
+        template: str | None = None,
+        started_after: datetime | None = None,
+    ) -> AsyncIterator[SandboxInfo]:
+        """All sandboxes of this key, newest first, fetched page by page.
+
+        Args:
+            state: None: running and paused ones.
+            metadata: Only those that have all these pairs. None: all.
+            template: Only those of the template with this id or alias, without a tag. None: all.
+            started_after: Only those whose last run began later; with a time zone. None: all.
+
+        Raises:
+            ProtocolError: The pages lead nowhere, so that some may be missing.
+        """
+        params = {"state": state, "template": template} if state or template else {}
+        if metadata:
+            # The wire's own double encoding; httpx adds the third that a query needs (E2B's SDKs do the same).
+            quote = urllib.parse.quote
+            params["metadata"] = urllib.parse.urlencode({quote(k): quote(v) for k, v in metadata.items()})
+
+        if started_after:
+            params["startedAfter"] = wire.moment("list", "started_after", started_after).isoformat()
+
+        wanted = {name: value for name, value in params.items() if value}
+        async for row in wire.pages(self.transport, "list", "/v2/sandboxes", wanted, SandboxInfo):
+            # Asked for already, but a server that ignores a filter must not widen what the caller acts on.
+            if (
+                state in (None, row.state)
+                and (metadata or {}).items() <= row.metadata.items()
+                and (template is None or template in (row.template_id.removesuffix(":default"), row.alias))
+                and (started_after is None or row.started_at > started_after)
+            ):
+                yield self._own(row)
+
+    async def set_timeout(self, sandbox_id: str, timeout: int) -> None:
+        """Moves the end of a running sandbox, later or earlier.
+
+        Args:
+            timeout: Seconds from now. 0: it ends at once (paused or killed, as `create` was told).
+
+        Raises:
+            NotFoundError: It is gone.
+            SandboxStateError: It is paused, and so has no end to move.
+        """
+        body = wire.body(TimeoutRequest, "set_timeout", timeout=timeout).model_dump()
+        try:
+            await self._send("set_timeout", "POST", "/sandboxes/{id}/timeout", sandbox_id, body=body)
+        except NotFoundError as error:
+            # The wire says 404 for a paused one too, and a caller who believed that would start anew.
+            if (await self.info(sandbox_id)).state != "paused":
+                raise
+
+            msg = f"`set_timeout` needs a running sandbox, and {sandbox_id!r} is paused. Connect to it first."
+            raise SandboxStateError(msg, op="set_timeout", sandbox_id=sandbox_id) from error
+
+    async def metrics(
+        self, sandbox_id: str, *, start: datetime | None = None, end: datetime | None = None
+    ) -> builtins.list[Metric]:
+        """What a sandbox took of memory, CPU and disk, oldest first.
+
+        Args:
+            start: With a time zone. None: from its beginning.
+            end: With a time zone. None: until now.
+
+        Raises:
+            NotFoundError: It is gone.
+        """
+        bounds = {name: wire.moment("metrics", name, at) for name, at in (("start", start), ("end", end)) if at}
+        unit = self.dialect.metrics_per_second
+        params = {name: str(int(at.timestamp() * unit)) for name, at in bounds.items()}
+        response = await self._send("metrics", "GET", "/sandboxes/{id}/metrics", sandbox_id, params=params)
+        return wire.parsed_rows(Metric, response, "metrics", sandbox_id)
+
+    async def snapshot(self, sandbox_id: str, *, name: str | None = None) -> SnapshotInfo:
+        """Takes a snapshot of a running sandbox, which runs on; the snapshot outlives it.
+
+        If this is cancelled or its answer is lost, there may be a snapshot that `list_snapshots` shows.
+
+        Args:
+            name: Leads to the newest snapshot that has it. None: only its id does.
+
+        Raises:
+            NotFoundError: The sandbox is gone.
+            ConflictError: It is paused.
+        """
+        more: dict[str, Any] = {"body": {"name": name} if name else {}, "idempotent": False, "deadline": LONG_REQUEST}
+        response = await self._send("snapshot", "POST", "/sandboxes/{id}/snapshots", sandbox_id, **more)
+        return wire.parsed(SnapshotInfo, response, "snapshot", sandbox_id)
+
+    async def list_snapshots(self, *, sandbox_id: str | None = None) -> AsyncIterator[SnapshotInfo]:
+        """All snapshots of this key, newest first, fetched page by page.
+
+        Args:
+            sandbox_id: Only those that were taken of this sandbox. None: all.
+        """
+        self.dialect.require("list_snapshots")
+        params = {"sandboxID": sandbox_id} if sandbox_id else {}
+        async for row in wire.pages(self.transport, "list_snapshots", "/snapshots", params, SnapshotInfo):
+            yield row
+
+    async def delete_snapshot(self, snapshot_id: str) -> bool:
+        """Deletes a snapshot (or whatever template has this id); sandboxes made from it live on.
+
+        Returns:
+            True: deleted. False: there was none (or an attempt whose answer was lost had deleted it).
+        """
+        return await self._delete("delete_snapshot", "/templates/{id}", snapshot_id)
+
+    async def _delete(self, op: str, path: str, identifier: str) -> bool:
+        try:
+            await self._send(op, "DELETE", path, identifier)
+        except NotFoundError:
+            return False
+
+        return True
+
+    async def _send(
+        self, op: str, method: str, path: str, sandbox_id: str | None = None, **more: Any
+    ) -> httpx.Response:
+        self.dialect.require(op)
+        if sandbox_id is not None:
+            path = path.format(id=wire.path_part(op, sandbox_id))
+
+        return await self.transport.send(Call(op=op, method=method, path=path, sandbox_id=sandbox_id, **more))
+
+    def _own(self, info: SandboxInfo) -> SandboxInfo:
+        own_id = self.dialect.sandbox_id(info.sandbox_id, info.client_id)
+        if info.memory_mb:
+            self._memory_mb[own_id] = info.memory_mb
+            for oldest in list(self._memory_mb)[:-KNOWN_SIZES]:
+                del self._memory_mb[oldest]
+
+        return info if own_id == info.sandbox_id else info.model_copy(update={"sandbox_id": own_id})
