@@ -243,7 +243,12 @@ FURTHER: Mapping[tuple[str, str], tuple[tuple[Request, ...], str]] = {
     **{
         (dialect, "close_stdin"): (
             tuple(
-                replace(row, path="/process.Process/CloseStdin", body={"process": {"pid": 7}})
+                replace(
+                    row,
+                    path="/process.Process/CloseStdin",
+                    body={"process": {"pid": 7}},
+                    headers={**row.headers, "connect-timeout-ms": "60000"},
+                )
                 for row in table["send_stdin"]
             ),
             "envd has it from 0.5.2 on, whichever SDK asks.",
@@ -268,7 +273,7 @@ FURTHER: Mapping[tuple[str, str], tuple[tuple[Request, ...], str]] = {
     },
     **{
         (dialect, "list by template"): (
-            E2B["list by template"],
+            tuple(replace(row, query={**row.query, "limit": "100"}) for row in E2B["list by template"]),
             "Asked for whether or not the service knows it: what it lets through is filtered again here.",
         )
         for dialect in PPIOS
