@@ -25,10 +25,8 @@ from sandbox_tools.errors import (
     ConfigError,
     NotFoundError,
     ProtocolError,
-    RateLimitError,
     SandboxError,
     SandboxStateError,
-    ServerError,
     TransportError,
     error_for_status,
 )
@@ -198,7 +196,7 @@ class Client(ControlPlane):
         grant, resumed = await self.grant(sandbox_id, timeout=timeout)
         sandbox = Sandbox(self, grant)
         if resumed:
-            await sandbox.until_ready()
+            await sandbox._until_ready()
 
         return sandbox
 
@@ -254,7 +252,9 @@ class Client(ControlPlane):
 
         code, said = (result.error.code, result.error.message) if result.error else (500, "no reason given")
         msg = f"A copy could not be made: {self.transport.quoted(said)!r}. Fork again if you need it."
-        return error_for_status(code)(msg, status_code=code, op="fork", sandbox_id=sandbox_id)
+        # A 404 is about something else than the original, which must not be taken for gone.
+        cls = APIError if code == 404 else error_for_status(code)
+        return cls(msg, status_code=code, op="fork", sandbox_id=sandbox_id)
 
     async def _made_with(self, key: str, timeout: int) -> Sandbox | None:
         """The sandbox whose create had that key. None: there is none now."""
@@ -271,25 +271,17 @@ class Client(ControlPlane):
 
     async def _look_for(self, key: str, timeout: int, *, done: bool) -> Sandbox | None:
         """The sandbox of a create whose answer was lost. None: it has not come to be so far, or nobody can say."""
-        pauses = itertools.chain((0.1, 0.4, 1.0), () if done else itertools.repeat(3.0))
         with suppress(TimeoutError):
             async with asyncio.timeout(self._look):
-                while True:
+                for pause in itertools.chain((0.0, 0.1, 0.4, 1.0), () if done else itertools.repeat(3.0)):
+                    await asyncio.sleep(pause)
                     try:
                         if made := await self._made_with(key, timeout):
                             return made
-                    except ProtocolError:
-                        return None
-                    except (TransportError, ServerError, RateLimitError):
-                        pass  # As the create itself: it may get through a moment later.
-                    except APIError:
-                        return None
-
-                    pause = next(pauses, None)
-                    if pause is None:
-                        return None
-
-                    await asyncio.sleep(pause)
+                    except (TransportError, APIError) as error:
+                        # A broken look is repeated, like the create itself; a refused one would be refused again.
+                        if error.retryable is False:
+                            break
 
         return None
 

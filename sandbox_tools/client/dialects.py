@@ -126,26 +126,22 @@ class Dialect:
         """The id that this provider's paths and hosts want."""
         return f"{sandbox_id}-{client_id}" if self.id_has_client and client_id else sandbox_id
 
-    def sandbox_url(self, address: Address, grant: SandboxGrant, port: int) -> str:
-        """The URL of one port of a sandbox."""
-        if address.sandbox_url:
+    def sandbox_url(self, address: Address, grant: SandboxGrant, port: int, *, public: bool = False) -> str:
+        """The URL of one port of a sandbox.
+
+        Args:
+            public: A host of the port's own wherever there are domains, since not all who are given it send headers.
+        """
+        domain = grant.domain or address.domain
+        if address.sandbox_url and not (public and domain and self.default_domain):
             return address.sandbox_url
 
-        domain = grant.domain or address.domain
         if domain is None:
             return address.api_url
 
-        shared = domain in self.shared_domains
+        shared = domain in self.shared_domains and not public
         name = "sandbox" if shared else f"{port}-{self.sandbox_id(grant.sandbox_id, grant.client_id)}"
         return f"{address.scheme}://{name}.{domain}"
-
-    def public_url(self, address: Address, grant: SandboxGrant, port: int) -> str:
-        """The URL of one port of a sandbox for everybody: a host of its own, where there are domains."""
-        domain = grant.domain or address.domain
-        if self.default_domain is None or domain is None:
-            return self.sandbox_url(address, grant, port)
-
-        return f"https://{port}-{self.sandbox_id(grant.sandbox_id, grant.client_id)}.{domain}"
 
     def sandbox_headers(self, grant: SandboxGrant, port: int) -> dict[str, str]:
         """What routes a request to one port of a sandbox, and the right to use it."""
@@ -275,7 +271,10 @@ def choose(
     api_url: str | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> tuple[Dialect, Address]:
-    """The dialect to speak and where; arguments win over the environment, and a `Dialect` is taken literally.
+    """The dialect to speak and where; arguments win over the environment.
+
+    Args:
+        provider: Its name, or a `Dialect`, which is spoken also where a name would stand for that of a cluster.
 
     Raises:
         ConfigError: No such provider, several providers' keys, a key that is missing or cannot be a header.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import urllib.parse
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing, suppress
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 import httpx
@@ -17,6 +17,7 @@ from sandbox_tools.client.commands import Commands
 from sandbox_tools.client.exchange import ask, cut, exchange, parsed
 from sandbox_tools.client.files import Files
 from sandbox_tools.client.transport import close
+from sandbox_tools.client.wire import path_part
 from sandbox_tools.errors import (
     ConfigError,
     ExecutionTimeoutError,
@@ -34,8 +35,10 @@ from sandbox_tools.models import (
     Ended,
     Execution,
     ExecutionEvent,
+    Metric,
     SandboxGrant,
     SandboxInfo,
+    SnapshotInfo,
 )
 
 if TYPE_CHECKING:
@@ -192,14 +195,14 @@ class Sandbox:
         Raises:
             NotFoundError: There is no such context.
         """
-        path = f"/contexts/{urllib.parse.quote(context_id, safe='')}/restart"
-        await ask(self, "restart_context", "POST", INTERPRETER_PORT, path)
+        op = "restart_context"
+        await ask(self, op, "POST", INTERPRETER_PORT, f"/contexts/{path_part(op, context_id)}/restart")
 
     async def remove_context(self, context_id: str) -> bool:
         """Ends a context. False: there was none of that id."""
-        path = f"/contexts/{urllib.parse.quote(context_id, safe='')}"
+        op = "remove_context"
         try:
-            await ask(self, "remove_context", "DELETE", INTERPRETER_PORT, path)
+            await ask(self, op, "DELETE", INTERPRETER_PORT, f"/contexts/{path_part(op, context_id)}")
         except NotFoundError:
             return False
 
@@ -219,7 +222,7 @@ class Sandbox:
             )
             raise ConfigError(msg, op="url", sandbox_id=self.id)
 
-        return self._client.dialect.public_url(self._client.address, self._grant, port)
+        return self._client.dialect.sandbox_url(self._client.address, self._grant, port, public=True)
 
     def host(self, port: int) -> str:
         """The host of `url(port)`, with its own port where it has one and without a scheme; raises as `url` does."""
@@ -234,6 +237,7 @@ class Sandbox:
 
         Only `Client(verify_state=False)` leaves none. Where it cannot be left, the sandbox is paused all the same.
         """
+        self._client.dialect.require(f"pause(memory={memory})")
         if self._client.verify_state and not self._asleep:
             async with self._planting:
                 self.sentinel = await sentinel.plant(self, memory=memory)
@@ -254,7 +258,7 @@ class Sandbox:
         planted = self.sentinel
         # An answer that was lost, or somebody else, may have woken it before: then it runs, and nobody has looked.
         if resumed or planted is not self._checked:
-            await self.until_ready()
+            await self._until_ready()
             if planted:
                 try:
                     await sentinel.check(self, planted)
@@ -263,20 +267,17 @@ class Sandbox:
                     raise
                 self._checked = planted
 
-    async def until_ready(self) -> None:
+    async def _until_ready(self) -> None:
         """Returns once a sandbox that was just resumed answers at its own address, or after `READY_LIMIT` seconds."""
         url, headers = self._at(ENVD_PORT)
         pause = 0.02
         with suppress(TimeoutError):
             async with asyncio.timeout(READY_LIMIT):
                 while True:
-                    try:
+                    with suppress(TransportError):
                         response = await self._client.transport.open(
-                            "resume", "GET", url + "/health", headers=headers, sandbox_id=self.id
+                            "resume", "GET", url + "/health", headers=headers, sandbox_id=self.id, timeout=1.0
                         )
-                    except TransportError:
-                        pass
-                    else:
                         await close(response)
                         if response.status_code not in UNREADY:
                             return
@@ -295,6 +296,18 @@ class Sandbox:
     async def set_timeout(self, timeout: int) -> None:
         """As `Client.set_timeout`."""
         await self._client.set_timeout(self.id, timeout)
+
+    async def metrics(self, *, start: datetime | None = None, end: datetime | None = None) -> list[Metric]:
+        """As `Client.metrics`."""
+        return await self._client.metrics(self.id, start=start, end=end)
+
+    async def snapshot(self, *, name: str | None = None) -> SnapshotInfo:
+        """As `Client.snapshot`."""
+        return await self._client.snapshot(self.id, name=name)
+
+    async def fork(self, *, count: int = 1, timeout: int = DEFAULT_TIMEOUT) -> list[Sandbox | SandboxError]:
+        """As `Client.fork`."""
+        return await self._client.fork(self.id, count=count, timeout=timeout)
 
     def _at(self, port: int) -> tuple[str, dict[str, str]]:
         """The URL of one of its ports, and the headers that a request to it needs."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
+import re
 import time
 from typing import TYPE_CHECKING
 
@@ -19,9 +19,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sandbox_tools.client")
 
-PLACES = {"memory": "/dev/shm/.sandbox-tools", "files": "/var/tmp/.sandbox-tools"}
+PLACES = {"memory": "/dev/shm/.sandbox-tools", "files": "/var/lib/sandbox-tools/sentinel"}
 """Where the mark is. `/dev/shm` is a file system in RAM wherever Linux runs, and a reboot empties it: what is there has
 come back with the memory. No kernel, process or namespace of the user's holds it, so none of them can end with it."""
+
+# Not the user's: in a directory that all may write to, Linux lets nobody write to another's file, nor remove it
+# (proc(5), `protected_regular`), and files in `/dev/shm` that are a user's go when that user logs out (logind.conf(5)).
+OWNER = "root"
 
 LIMIT = 5.0
 """Seconds that planting or checking may take; a sandbox that is slower than that is paused or resumed unverified."""
@@ -36,33 +40,32 @@ class Sentinel(BaseModel):
     count: int
     """Milliseconds since the epoch, but always more than the one before: later marks are told from earlier ones, also
     where several processes plant them."""
-    token: str
     memory: bool = True
     """Whether memory is to come back too. False: the pause keeps files only."""
 
     def text(self) -> str:
         """What is in each place."""
-        return f"{self.sandbox_id} {self.count} {self.token}"
+        return f"{self.sandbox_id} {self.count}"
 
     def is_in(self, found: str) -> bool:
         """Whether a place has this mark or, because others have paused it since, a later one of the same sandbox."""
-        sandbox_id, count, _ = (*found.split(), "", "", "")[:3]
-        later = sandbox_id == self.sandbox_id and count.isdecimal() and int(count) >= self.count
-        return found == self.text() or later
+        mark = re.fullmatch(rf"{re.escape(self.sandbox_id)} (\d{{1,20}})", found, re.ASCII)
+        return mark is not None and int(mark[1]) >= self.count
 
 
 async def plant(sandbox: Sandbox, *, memory: bool = True) -> Sentinel | None:
-    """Leaves a mark in a running sandbox; the one before if it could not be left. None: there is none.
+    """Leaves a mark in a running sandbox, for `check` to find when memory (if that is kept) and files are back.
 
-    Args:
-        memory: Whether memory is to come back too.
+    Returns:
+        The mark before it if it could not be left. None: there was none.
     """
     before = sandbox.sentinel
     count = max(time.time_ns() // 1_000_000, before.count + 1 if before else 0)
-    fresh = Sentinel(sandbox_id=sandbox.id, count=count, token=secrets.token_hex(8), memory=memory)
+    fresh = Sentinel(sandbox_id=sandbox.id, count=count, memory=memory)
     files = [("file", (path, fresh.text().encode())) for path in PLACES.values()]
     try:
-        await ask(sandbox, "pause", "POST", ENVD_PORT, "/files", timeout=LIMIT, files=files)
+        params = {"username": OWNER}
+        await ask(sandbox, "pause", "POST", ENVD_PORT, "/files", params=params, files=files, timeout=LIMIT)
     except SandboxError as error:
         log.info("%s is paused without a sentinel: %s", sandbox.id, error)
         return before.model_copy(update={"memory": memory and before.memory}) if before else None
@@ -92,9 +95,8 @@ async def check(sandbox: Sandbox, sentinel: Sentinel) -> bool:
 async def _read(sandbox: Sandbox, path: str) -> str | None:
     """What is in a place, nothing if it is not there. None: nobody could look."""
     try:
-        answer = await ask(
-            sandbox, "resume", "GET", ENVD_PORT, "/files", params={"path": path}, idempotent=True, timeout=LIMIT
-        )
+        params = {"path": path, "username": OWNER}
+        answer = await ask(sandbox, "resume", "GET", ENVD_PORT, "/files", params=params, idempotent=True, timeout=LIMIT)
         return answer.decode(errors="replace")
     except NotFoundError:
         return ""

@@ -55,7 +55,7 @@ def moment(op: str, name: str, value: datetime) -> datetime:
 def path_part(op: str, identifier: str) -> str:
     """An id as one part of a path."""
     if not identifier or identifier in (".", ".."):
-        msg = f"`{op}` needs an id, not {identifier!r}. Pass the `id` of a `Sandbox`, or that of a snapshot."
+        msg = f"`{op}` needs an id, not {identifier!r}. Pass the `id` of a sandbox, a snapshot or a context."
         raise ConfigError(msg, op=op)
 
     return urllib.parse.quote(identifier, safe="")

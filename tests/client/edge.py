@@ -8,7 +8,7 @@ import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import parse_qs
 
 from tests.client.conftest import Server, line
 
@@ -35,6 +35,7 @@ class Edge:
         self.held: str | None = None
         """The request that waits for ever."""
         self.holding = asyncio.Event()
+        self.bodies: dict[str, list[bytes]] = {}
         self.files: dict[str, bytes] = {}
         self.on_connect: Callable[[], None] = lambda: None
         self.contexts = b'[{"id": "c1", "language": "python", "cwd": "/home/user", "more": 1}]'
@@ -58,6 +59,7 @@ class Edge:
                 if request != "GET /health" or b"e2b-sandbox-id" in head.lower():
                     self.seen.append(request)
                 mine.append(request)
+                self.bodies.setdefault(request, []).append(body)
                 if request == self.held:
                     self.holding.set()
                     await reader.read()  # until the client leaves
@@ -129,7 +131,7 @@ class Edge:
                 self.files |= {name.decode(): content for name, content in _PART.findall(body)}
                 return 200, b'[{"path": "/x", "name": "x", "type": "file"}]'
             case "GET", "/files":
-                name = unquote(query.removeprefix("path="))
+                name = parse_qs(query)["path"][0]
                 missing = json.dumps({"code": 404, "message": f"path '{name}' does not exist"}).encode()
                 return (200, self.files[name]) if name in self.files else (404, missing)
             case _:

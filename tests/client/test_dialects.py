@@ -36,11 +36,94 @@ def test_an_engine_elsewhere_is_chosen_by_its_url() -> None:
     assert ("http://engine:7000", "http://engine:7000") == (address.api_url, address.sandbox_url)
 
 
+@pytest.mark.parametrize(
+    ("environ", "api_url", "domain", "sandbox"),
+    [
+        (
+            {"E2B_API_URL": "https://api.own.example"},
+            "https://api.own.example",
+            "own.example",
+            "https://49999-i1.own.example",
+        ),
+        ({"E2B_API_URL": "http://10.0.0.7:3000/"}, "http://10.0.0.7:3000", None, "http://10.0.0.7:3000"),
+        ({"E2B_DOMAIN": "own.example"}, "https://api.own.example", "own.example", "https://49999-i1.own.example"),
+        (
+            {"E2B_API_URL": "http://10.0.0.7:3000", "E2B_SANDBOX_URL": "http://10.0.0.7:3002"},
+            "http://10.0.0.7:3000",
+            None,
+            "http://10.0.0.7:3002",
+        ),
+    ],
+    ids=["api host", "address", "domain", "two addresses"],
+)
+def test_a_cluster_of_ones_own_needs_only_its_url(
+    environ: dict[str, str], api_url: str, domain: str | None, sandbox: str
+) -> None:
+    """Its sandboxes' tokens go nowhere near the provider's own domain, and no key is asked for."""
+    dialect, address = choose(None if "E2B_API_URL" in environ else "e2b", environ=environ)
+
+    assert ("e2b", None, api_url, domain) == (dialect.name, address.api_key, address.api_url, address.domain)
+    # The published server has no second version of create.
+    assert "/sandboxes" == dialect.create_path
+    assert sandbox == dialect.sandbox_url(address, GRANT, 49999)
+    theirs = GRANT.model_copy(update={"domain": "theirs.example"})
+    assert "E2B_SANDBOX_URL" in environ or "https://49999-i1.theirs.example" == dialect.sandbox_url(
+        address, theirs, 49999
+    )
+    assert Client(provider="e2b", api_url=api_url).dialect is dialect
+
+
+def test_e2bs_own_url_and_key_stay_e2bs_own() -> None:
+    environ = {"E2B_API_KEY": "k", "E2B_API_URL": "https://api.e2b.app"}
+    dialect, address = choose(environ=environ)
+
+    assert DIALECTS["e2b"] is dialect
+    assert "https://sandbox.e2b.app" == dialect.sandbox_url(address, GRANT, 49999)
+    with pytest.raises(ConfigError, match=r"E2B_API_KEY.*E2B_API_URL"):
+        choose("e2b", environ={})
+    with pytest.raises(ConfigError, match="UCLOUD_SANDBOX_API_KEY"):
+        choose("ucloud", api_url="http://10.0.0.7:3000", environ={})
+
+
+def test_ucloud_has_two_names_for_its_key_that_must_agree() -> None:
+    assert "k" == choose(environ={"AGENTBOX_API_KEY": "k"})[1].api_key
+    assert "k" == choose(environ={"AGENTBOX_API_KEY": "k", "UCLOUD_SANDBOX_API_KEY": "k"})[1].api_key
+    environ = {"AGENTBOX_API_KEY": "s3cret", "UCLOUD_SANDBOX_API_KEY": "t0ken"}
+    with pytest.raises(ConfigError, match=r"`UCLOUD_SANDBOX_API_KEY` and `AGENTBOX_API_KEY`") as caught:
+        choose(environ=environ)
+    assert not [secret for secret in environ.values() if secret in str(caught.value)]
+    assert "k" == choose("ucloud", api_key="k", environ=environ)[1].api_key
+
+
+def test_ucloud_without_tls_is_reached_without_tls() -> None:
+    environ = {"UCLOUD_SANDBOX_API_KEY": "k", "UCLOUD_SANDBOX_INSECURE_HTTP": "TRUE"}
+    dialect, address = choose(environ=environ)
+
+    assert "http://api.cn-wlcb.sandbox.ucloudai.com" == address.api_url
+    assert "http://49999-i1.cn-wlcb.sandbox.ucloudai.com" == dialect.sandbox_url(address, GRANT, 49999)
+    assert "https" == choose(environ={**environ, "UCLOUD_SANDBOX_INSECURE_HTTP": "false"})[1].scheme
+
+
+def test_novita_is_ppios_sibling_under_its_own_names() -> None:
+    """As its SDK 2.1.1 has them."""
+    dialect, address = choose(environ={"NOVITA_API_KEY": "k"})
+    legacy, _ = choose(environ={"NOVITA_API_KEY": "k", "NOVITA_DOMAIN": "us-01.sandbox.novita.ai"})
+
+    assert ("novita", "https://api.us-phx-1.sandbox.novita.ai") == (dialect.name, address.api_url)
+    assert {"Novita-Sandbox-Id": "i1", "Novita-Sandbox-Port": "49983", "X-Access-Token": "secret"} == (
+        dialect.sandbox_headers(GRANT, 49983)
+    )
+    assert (None, {"sync": True}) == (dialect.pause_body, legacy.pause_body)
+    assert "i1-c" == legacy.sandbox_id("i1", "c")
+
+
 def test_several_keys_are_refused_by_name_unless_a_provider_is_given() -> None:
     environ = {"E2B_API_KEY": "a", "PPIO_API_KEY": "b"}
 
     with pytest.raises(ConfigError, match=r"`E2B_API_KEY`, `PPIO_API_KEY`"):
         choose(environ=environ)
+    with pytest.raises(ConfigError, match=r"`E2B_API_URL`, `NOVITA_API_KEY`"):
+        choose(environ={"E2B_API_URL": "http://10.0.0.7:3000", "NOVITA_API_KEY": "b"})
     assert "b" == choose("ppio", environ=environ)[1].api_key
 
 

@@ -4,15 +4,18 @@ import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from sandbox_tools.client import Client, Sandbox
 from sandbox_tools.client import sandbox as module
-from sandbox_tools.errors import StateLostError
+from sandbox_tools.errors import NotFoundError, StateLostError
+from sandbox_tools.paths import socket_path
 from tests.client.edge import RESET, Edge
 from tests.machine import EngineProcess
 
 PROBE = "GET /health"
+READ = "GET /files?path=%2Fdev%2Fshm%2F.sandbox-tools&username=root"
 
 
 @pytest.fixture
@@ -37,7 +40,7 @@ async def resumed(client: Client, sandbox: Sandbox, way: str) -> Sandbox:
 
 
 @pytest.mark.parametrize("way", ["connect", "resume"])
-@pytest.mark.parametrize("failures", [[502], [409], [503], [RESET], [RESET, 502, 409, 502]], ids=str)
+@pytest.mark.parametrize("failures", [[502], [409], [503], [504], [RESET], [RESET, 502, 409, 502]], ids=str)
 async def test_the_first_request_after_a_resume_succeeds_though_the_edge_is_late(
     edge: Edge, client: Client, failures: list[int], way: str
 ) -> None:
@@ -112,7 +115,9 @@ async def test_a_resume_whose_answer_is_lost_is_probed_and_verified_when_it_is_r
 
 
 @pytest.mark.parametrize(
-    "held", ["POST /sandboxes/i1/connect", PROBE, "GET /files?path=%2Fvar%2Ftmp%2F.sandbox-tools"], ids=str
+    "held",
+    ["POST /sandboxes/i1/connect", PROBE, "GET /files?path=%2Fdev%2Fshm%2F.sandbox-tools&username=root"],
+    ids=str,
 )
 async def test_a_resume_that_is_cancelled_leaves_nothing_open_and_the_next_one_verifies(
     edge: Edge, client: Client, held: str
@@ -158,3 +163,38 @@ async def test_code_runs_at_once_after_a_real_resume(real: Sandbox, memory: bool
         await real.pause(memory=memory)
         await real.resume()
         assert "2" == (await real.run_code("1 + 1")).text
+
+
+async def test_a_server_inside_is_reached_as_its_address_says_also_after_a_resume(
+    real: Sandbox, engine: EngineProcess
+) -> None:
+    """Over the socket, as the error of `url` says, by a client that is not ours."""
+    await real.files.write("index.html", "inside")
+    async with await real.commands.start("exec python3 -m http.server 3000"):
+        transport = httpx.AsyncHTTPTransport(uds=str(socket_path(engine.state)))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as foreign, asyncio.timeout(60):
+            while (await foreign.get("/", headers=real.headers(3000))).text != "inside":
+                await asyncio.sleep(0.05)
+
+            await real.pause()
+            await real.resume()
+            assert "inside" == (await foreign.get("/", headers=real.headers(3000))).text
+
+
+async def test_contexts_of_a_real_sandbox_keep_their_variables_apart_and_through_a_pause(real: Sandbox) -> None:
+    context = await real.create_context(cwd="/tmp")
+    await real.run_code("x = 1")
+    await real.run_code("x = 2", context=context.id)
+    await real.pause()
+    await real.resume()
+
+    assert ("1", "2") == ((await real.run_code("x")).text, (await real.run_code("x", context=context.id)).text)
+    assert context in await real.list_contexts()
+    await real.restart_context(context.id)
+    failure = (await real.run_code("x", context=context.id)).failure
+    assert failure is not None
+    assert "NameError" == failure.name
+    assert await real.remove_context(context.id)
+    assert not await real.remove_context(context.id)
+    with pytest.raises(NotFoundError):
+        await real.run_code("x", context=context.id)

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
 
@@ -23,8 +25,9 @@ from sandbox_tools.errors import (
     ServerError,
     TransportError,
 )
-from sandbox_tools.models import Ended, ExecutionEvent, Started, Stdout
+from sandbox_tools.models import CodeContext, Ended, ExecutionEvent, Started, Stdout
 from tests.client.conftest import Server
+from tests.client.edge import Edge
 
 
 @pytest.fixture
@@ -257,3 +260,104 @@ async def test_an_answer_is_read_to_its_end_so_that_no_server_takes_it_for_an_in
 
     assert await asyncio.to_thread(server.answered.wait, 5)
     assert not server.disconnected.is_set()
+
+
+@pytest.fixture
+async def edge(state: Path) -> AsyncIterator[Edge]:
+    edge = Edge()
+    async with edge.serve(state / "engine.sock"):
+        yield edge
+
+
+@pytest.fixture
+async def at_edge(edge: Edge, state: Path) -> AsyncIterator[Sandbox]:
+    async with Client(provider="local", state_dir=state) as client:
+        yield await client.create()
+
+
+async def test_contexts_are_made_listed_restarted_and_removed(edge: Edge, at_edge: Sandbox) -> None:
+    made = await at_edge.create_context(language="javascript", cwd="/srv")
+    assert ("c2", "javascript", "/srv") == (made.id, made.language, made.cwd)
+    assert ("python", "/tmp") == ((made := await at_edge.create_context()).language, made.cwd)
+    assert [b'{"language":"javascript","cwd":"/srv"}', b"{}"] == edge.bodies["POST /contexts"]
+    assert ["c1"] == [context.id for context in await at_edge.list_contexts()]
+
+    await at_edge.restart_context("c1")
+    assert await at_edge.remove_context("c1")
+    assert not await at_edge.remove_context("c9")
+    with pytest.raises(NotFoundError):
+        await at_edge.restart_context("c9")
+
+
+async def test_contexts_in_an_object_are_a_list_too(edge: Edge, at_edge: Sandbox) -> None:
+    """PPIO's servers may answer so (PROTOCOL.md 3.1)."""
+    edge.contexts = b'{"contexts": [{"id": "c1", "language": "python", "cwd": "/"}], "total": 1}'
+    assert [CodeContext(id="c1", language="python", cwd="/")] == await at_edge.list_contexts()
+
+
+@pytest.mark.parametrize("answer", [b"", b"null", b"[1]", b"{}", b"<html>", b'[{"id": 1}]', b"\xff"], ids=str)
+async def test_an_answer_that_is_no_list_of_contexts_is_of_no_protocol(
+    edge: Edge, at_edge: Sandbox, answer: bytes
+) -> None:
+    edge.contexts = answer
+    with pytest.raises(ProtocolError):
+        await at_edge.list_contexts()
+
+
+@pytest.mark.parametrize("context_id", ["../../sandboxes/i1", "..", "a/b", "a?b", "\N{SNOWMAN}", " "])
+async def test_a_context_id_cannot_lead_to_another_path(edge: Edge, at_edge: Sandbox, context_id: str) -> None:
+    edge.seen.clear()
+    with contextlib.suppress(SandboxError):
+        await at_edge.remove_context(context_id)
+    assert [] == [request for request in edge.seen if not request.startswith("DELETE /contexts/")]
+
+
+async def test_a_context_is_made_once(edge: Edge, at_edge: Sandbox) -> None:
+    """Nobody knows whether the first one was made where its answer was lost."""
+    edge.lost = {"POST /contexts"}
+    with pytest.raises(TransportError) as caught:
+        await at_edge.create_context()
+    assert caught.value.retryable is None
+    assert 1 == edge.seen.count("POST /contexts")
+
+
+async def test_what_contexts_fail_of_is_named_by_its_verb(edge: Edge, at_edge: Sandbox) -> None:
+    edge.state = "paused"
+    for verb, call in (
+        ("create_context", at_edge.create_context),
+        ("list_contexts", at_edge.list_contexts),
+        ("restart_context", lambda: at_edge.restart_context("c1")),
+        ("remove_context", lambda: at_edge.remove_context("c1")),
+    ):
+        with pytest.raises(SandboxStateError) as caught:
+            await call()
+        assert verb == caught.value.op
+        assert "code" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("provider", "url"),
+    [
+        ("e2b", "https://3000-i1.e2b.app"),
+        ("ppio", "https://3000-i1-c.sandbox.ppio.cn"),
+        ("ucloud", "https://3000-i1.cn-wlcb.sandbox.ucloudai.com"),
+        ("local", "http://localhost"),
+    ],
+)
+async def test_a_port_has_an_address_for_everybody(provider: str, url: str) -> None:
+    """A host of its own also where the provider's sandboxes share one, since not everybody sends headers."""
+    answer = httpx.MockTransport(lambda _: httpx.Response(201, json=Server().grant("i1")))
+    async with Client(provider=provider, api_key="k", transport=answer) as client:
+        sandbox = await client.create()
+
+    assert url == sandbox.url(3000)
+    assert url.partition("://")[2] == sandbox.host(3000)
+    assert "token-of-i1" not in sandbox.headers(3000).values()
+    assert "token-of-i1" == sandbox.headers(49983)["X-Access-Token"]
+
+
+async def test_a_port_behind_a_socket_says_how_it_is_reached(sandbox: Sandbox, state: Path) -> None:
+    for ask in (sandbox.url, sandbox.host):
+        with pytest.raises(ConfigError, match=re.escape(str(state / "engine.sock"))):
+            ask(3000)
+    assert {"E2b-Sandbox-Id": sandbox.id, "E2b-Sandbox-Port": "3000"} == sandbox.headers(3000)

@@ -9,10 +9,13 @@ import pytest
 
 from sandbox_tools.client import Client, Sandbox, sentinel
 from sandbox_tools.client.sentinel import PLACES, Sentinel, check, plant
-from sandbox_tools.errors import ServerError, StateLostError
+from sandbox_tools.errors import ConfigError, ServerError, StateLostError
 from sandbox_tools.paths import socket_path
+from tests.client.conftest import Server
 from tests.client.edge import RESET, Edge
 from tests.machine import EngineProcess
+
+PLANT = "POST /files?username=root"
 
 
 class Recording(httpx.AsyncBaseTransport):
@@ -100,7 +103,7 @@ async def test_a_pause_that_keeps_files_only_is_held_to_the_files(sandbox: Sandb
     assert sandbox.sentinel is not None
     assert not sandbox.sentinel.memory
     assert await check(sandbox, sandbox.sentinel)
-    await sandbox.run_code(f"import os; os.remove({PLACES['files']!r})")
+    await sandbox.files.remove(PLACES["files"], user="root")
     with pytest.raises(StateLostError) as caught:
         await check(sandbox, sandbox.sentinel)
     assert {"files"} == caught.value.lost
@@ -110,12 +113,12 @@ async def test_files_that_were_rolled_back_are_lost_and_memory_is_not(sandbox: S
     file = PLACES["files"]
     await sandbox.pause()
     await sandbox.resume()
-    await sandbox.run_code(f"old = open({file!r}).read()")
+    old = await sandbox.files.read(file)
     await sandbox.pause()
     assert sandbox.sentinel is not None
     kept = sandbox.sentinel
     await sandbox.resume()
-    await sandbox.run_code(f"open({file!r}, 'w').write(old)")
+    await sandbox.files.write(file, old, user="root")
 
     with pytest.raises(StateLostError) as caught:
         await check(sandbox, kept)
@@ -173,7 +176,7 @@ async def test_what_user_code_ends_is_not_a_loss(sandbox: Sandbox) -> None:
     assert sandbox.sentinel is not None
     (context,) = await sandbox.list_contexts()
     await sandbox.restart_context(context.id)
-    await sandbox.run_code("import os; os.system('rm -rf /dev/shm/* /var/tmp/* /tmp/* ~/* ~/.[a-z]*'); os.kill(-1, 9)")
+    await sandbox.run_code("import os; os.system('rm -rf {everything}'); os.kill(-1, 9)")
 
     assert await check(sandbox, sandbox.sentinel)
 
@@ -189,6 +192,17 @@ async def test_what_the_servers_timer_paused_is_held_to_the_last_mark(sandbox: S
 
     await sandbox.resume()
     assert "42" == (await sandbox.run_code("x + 1")).text
+
+
+async def test_what_the_servers_timer_lost_is_seen_by_the_last_mark(edge: Edge, at_edge: Sandbox) -> None:
+    await at_edge.pause()
+    await at_edge.resume()
+    edge.state = "paused"
+    del edge.files[PLACES["memory"]]
+
+    with pytest.raises(StateLostError) as caught:
+        await at_edge.resume()
+    assert {"memory"} == caught.value.lost
 
 
 async def test_pauses_at_the_same_time_are_one_pause(sandbox: Sandbox) -> None:
@@ -252,7 +266,7 @@ async def test_a_sandbox_that_does_not_answer_is_paused_all_the_same(
     edge: Edge, at_edge: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sentinel, "LIMIT", 0.2)
-    edge.held = "POST /files"
+    edge.held = PLANT
 
     assert await at_edge.pause()
     assert "paused" == edge.state
@@ -281,7 +295,19 @@ async def test_a_loss_that_is_seen_counts_although_the_rest_cannot_be_looked_at(
 
 
 @pytest.mark.parametrize(
-    "text", ["", "garbage", "i1", "i1 x y", "i2 {later} t", "i1 {earlier} t", "\N{SUPERSCRIPT TWO} i1 ²", "i1 ² t"]
+    "text",
+    [
+        "",
+        "garbage",
+        "i1",
+        "i1 x",
+        "i2 {later}",
+        "i1 {earlier}",
+        "i1 {later} y",
+        "i1 -{later}",
+        "i1 \N{SUPERSCRIPT TWO}",
+        pytest.param("i1 " + 5000 * "9", id="i1 99..."),
+    ],
 )
 async def test_whatever_else_stands_there_is_a_loss(edge: Edge, at_edge: Sandbox, text: str) -> None:
     await at_edge.pause()
@@ -316,7 +342,7 @@ async def test_a_pause_that_fails_after_its_mark_leaves_a_mark_that_holds(edge: 
     await at_edge.resume()
 
 
-@pytest.mark.parametrize("held", ["POST /files", "POST /sandboxes/i1/pause"])
+@pytest.mark.parametrize("held", [PLANT, "POST /sandboxes/i1/pause"])
 async def test_a_pause_that_is_cancelled_leaves_nothing_open_and_no_wrong_mark(
     edge: Edge, at_edge: Sandbox, held: str
 ) -> None:
@@ -356,6 +382,44 @@ async def test_a_second_pause_sends_nothing_to_the_sandbox_which_could_wake_it(e
 
     assert not await at_edge.pause()
     assert ["POST /sandboxes/i1/pause", "GET /sandboxes/i1"] == edge.seen
+
+
+async def test_a_second_pause_without_memory_is_not_held_to_memory(edge: Edge, at_edge: Sandbox) -> None:
+    """Somebody else may have woken it in between, and then it did lose its memory, as it was told to."""
+    await at_edge.pause()
+    await at_edge.pause(memory=False)
+    del edge.files[PLACES["memory"]]
+
+    await at_edge.resume()
+
+
+async def test_marks_are_left_one_after_the_other(edge: Edge, at_edge: Sandbox) -> None:
+    """Else the one that is remembered need not be the one that stays."""
+    edge.held = PLANT
+    pauses = [asyncio.create_task(at_edge.pause()) for _ in range(2)]
+    async with asyncio.timeout(10):
+        await edge.holding.wait()
+        for _ in range(3):
+            await at_edge.list_contexts()
+        assert 1 == edge.seen.count(PLANT)
+        for task in pauses:
+            task.cancel()
+        await asyncio.gather(*pauses, return_exceptions=True)
+
+
+async def test_a_pause_that_the_provider_does_not_have_sends_nothing() -> None:
+    seen: list[str] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        seen.append(request.url.path)
+        return httpx.Response(201, json=Server().grant("i1"))
+
+    async with Client(provider="ppio", api_key="k", transport=httpx.MockTransport(handler)) as client:
+        sandbox = await client.create()
+        seen.clear()
+        with pytest.raises(ConfigError):
+            await sandbox.pause(memory=False)
+    assert [] == seen
 
 
 async def test_a_clock_that_was_set_back_does_not_make_a_mark_older(

@@ -3,13 +3,14 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import time
+import traceback
 from collections.abc import Callable
 
 import httpx
 import pytest
 
 from sandbox_tools.client import Client
-from sandbox_tools.client.transport import Call, Transport, retry_after, translate
+from sandbox_tools.client.transport import QUOTED, Call, Transport, retry_after, translate
 from sandbox_tools.errors import (
     APIError,
     AuthenticationError,
@@ -177,6 +178,46 @@ async def test_a_wait_longer_than_the_deadline_is_left_to_the_caller() -> None:
     assert (1, 60.0) == (len(seen), caught.value.retry_after)
 
 
+async def test_a_server_that_says_not_to_is_not_asked_again() -> None:
+    for call in (GET, CREATE):
+        handler, seen = answers(refusal(429, headers={"Should-Retry": "false"}))
+        with pytest.raises(RateLimitError) as caught:
+            await client(handler).send(call)
+        assert (1, False) == (len(seen), caught.value.retryable)
+
+
+async def test_a_server_that_says_so_is_asked_again_unless_it_could_make_a_second_one() -> None:
+    handler, seen = answers(refusal(500, headers={"Should-Retry": "true"}), OK)
+    await client(handler).send(GET)
+    assert 2 == len(seen)
+
+    handler, seen = answers(refusal(500, headers={"Should-Retry": "true"}))
+    with pytest.raises(ServerError) as caught:
+        await client(handler).send(CREATE)
+    assert (1, None) == (len(seen), caught.value.retryable)
+
+
+async def test_what_a_full_server_says_without_its_slug_leaves_open_whether_it_created() -> None:
+    handler, _ = answers(503)
+    with pytest.raises(CapacityError) as caught:
+        await client(handler).send(CREATE)
+    assert caught.value.retryable is None
+
+    handler, _ = answers(refusal(503, error_code="sandbox_capacity_unavailable"))
+    with pytest.raises(CapacityError) as caught:
+        await client(handler).send(CREATE)
+    assert caught.value.retryable is True
+
+
+async def test_a_deadline_that_ends_a_wait_leaves_the_servers_own_answer() -> None:
+    """Not a timeout, which would say that it may have happened."""
+    handler, seen = answers(refusal(429, headers={"retry-after": "0.25"}))
+
+    with pytest.raises(RateLimitError):
+        await client(handler, request_timeout=0.3).send(CREATE)
+    assert len(seen) <= 2
+
+
 async def test_no_answer_in_time_is_its_own_error_and_says_that_it_may_have_happened() -> None:
     never = asyncio.Event()
 
@@ -209,12 +250,39 @@ async def test_what_a_proxy_in_between_may_say_is_believed_by_its_status(status:
         await client(handler).send(GET)
 
 
-async def test_a_server_that_quotes_the_key_cannot_put_it_into_a_message() -> None:
-    handler, _ = answers(httpx.Response(401, json={"code": 401, "message": "Invalid API key s3cret"}))
+@pytest.mark.parametrize("status", [400, 401, 404, 500, 503])
+@pytest.mark.parametrize("plain", [False, True])
+async def test_a_server_that_quotes_secrets_cannot_put_them_into_errors_or_logs(
+    status: int, plain: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither whole nor, where what it says is too long, in part."""
+    key, token, traffic = "k3y'\"-of-the-client", "t0ken-of-the-sandbox", "tr4ffic-token"
+    words = f"{key} {token} {traffic} " + "x" * (QUOTED - 50) + key
+    caplog.set_level("DEBUG")
 
-    with pytest.raises(AuthenticationError) as caught:
-        await client(handler).send(GET)
-    assert "s3cret" not in str(caught.value)
+    def handler(request: httpx.Request) -> httpx.Response:
+        if request.url.path.endswith("/connect"):
+            grant = {"templateID": "t", "sandboxID": "i1", "envdAccessToken": token, "trafficAccessToken": traffic}
+            return httpx.Response(200, json=grant)
+        if plain:
+            return httpx.Response(status, text=words, headers={"x-request-id": token})
+        problem = {"code": status, "message": words, "error_code": key}
+        return httpx.Response(status, json=problem, headers={"x-request-id": token})
+
+    transport = httpx.MockTransport(handler)
+    async with Client(provider="e2b", api_key=key, transport=transport, request_timeout=0.3) as owner:
+        sandbox = await owner.connect("i1")
+        said = repr(sandbox) + repr(owner) + repr(sandbox._grant) + repr(owner.address) + repr(owner.transport)
+        for call in (owner.info("i1"), owner.pause("i1"), owner.create(env={"A": "1"}), owner.fork("i1")):
+            with pytest.raises(SandboxError) as caught:
+                await call
+            lines = traceback.format_exception(caught.value)
+            said += "".join(lines) + repr(caught.value) + repr(vars(caught.value))
+    said += caplog.text
+
+    for secret in (key, token, traffic):
+        assert secret not in said
+        assert secret[: len(secret) // 2] not in said
 
 
 async def test_the_key_travels_in_its_header() -> None:
