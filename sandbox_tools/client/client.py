@@ -23,6 +23,7 @@ from sandbox_tools.client.transport import IDEMPOTENCY_KEY, LONG_REQUEST, Transp
 from sandbox_tools.errors import (
     APIError,
     ConfigError,
+    ConflictError,
     NotFoundError,
     ProtocolError,
     SandboxError,
@@ -280,7 +281,7 @@ class Client(ControlPlane):
                             return made
                     except (TransportError, APIError) as error:
                         # A broken look is repeated, like the create itself; a refused one would be refused again.
-                        if error.retryable is False:
+                        if error.retryable is False and not isinstance(error, ConflictError):
                             break
 
         return None

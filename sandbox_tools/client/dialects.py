@@ -291,7 +291,8 @@ def choose(
         domain = domain or dialect.default_domain
 
     key = _key(dialect, api_key, environ)
-    insecure = (environ.get(dialect.insecure_env, "") if dialect.insecure_env else "").lower() == "true"
+    insecure = bool(dialect.insecure_env) and environ.get(dialect.insecure_env or "", "").lower() == "true"
+    insecure = insecure or (not dialect.key_needed and (named or "").startswith("http:"))
     scheme = "http" if insecure else "https"
     url = (named or (f"{scheme}://api.{domain}" if domain else "http://localhost")).rstrip("/")
     sandbox_url = environ.get(dialect.sandbox_url_env) if dialect.sandbox_url_env else None

@@ -177,8 +177,7 @@ class Transport:
 
                 failure = self.refusal(response, op=call.op, sandbox_id=call.sandbox_id)
             except (httpx.HTTPError, httpx.InvalidURL) as error:
-                failure = translate(error, op=call.op, sandbox_id=call.sandbox_id)
-                failure.__cause__ = error
+                failure = self._translated(error, call.op, call.sandbox_id)
 
             # What one attempt may have done, no later one's failure undoes.
             doubt = doubt or may_have_happened(failure)
@@ -233,7 +232,9 @@ class Transport:
             try:
                 return await self._fresh.send(request, stream=True)
             except (httpx.HTTPError, httpx.InvalidURL) as error:
-                raise translate(error, op=op, sandbox_id=sandbox_id) from error
+                failure = self._translated(error, op, sandbox_id)
+
+            raise failure
 
         again = _safe_to_repeat if idempotent else lambda error: isinstance(error, ConnectError)
         return await self._with_engine(lambda: _repeat(once, again))
@@ -282,6 +283,15 @@ class Transport:
             text = text.replace(secret, "***")
 
         return text[:QUOTED]
+
+    def _translated(self, error: Exception, op: str, sandbox_id: str | None) -> SandboxError:
+        # A malformed answer is quoted by the library, and then shown as the cause.
+        if (said := self.quoted(str(error))) != str(error)[:QUOTED]:
+            error = type(error)(said)
+
+        failure = translate(error, op=op, sandbox_id=sandbox_id)
+        failure.__cause__ = error
+        return failure
 
     async def _with_engine(self, attempt: Callable[[], Awaitable[T]]) -> T:
         if self._engine is None:

@@ -45,6 +45,7 @@ def test_an_engine_elsewhere_is_chosen_by_its_url() -> None:
             "own.example",
             "https://49999-i1.own.example",
         ),
+        ({"E2B_API_URL": "http://api.lan"}, "http://api.lan", "lan", "http://49999-i1.lan"),
         ({"E2B_API_URL": "http://10.0.0.7:3000/"}, "http://10.0.0.7:3000", None, "http://10.0.0.7:3000"),
         ({"E2B_DOMAIN": "own.example"}, "https://api.own.example", "own.example", "https://49999-i1.own.example"),
         (
@@ -54,7 +55,7 @@ def test_an_engine_elsewhere_is_chosen_by_its_url() -> None:
             "http://10.0.0.7:3002",
         ),
     ],
-    ids=["api host", "address", "domain", "two addresses"],
+    ids=["api host", "plain api host", "address", "domain", "two addresses"],
 )
 def test_a_cluster_of_ones_own_needs_only_its_url(
     environ: dict[str, str], api_url: str, domain: str | None, sandbox: str
@@ -67,7 +68,7 @@ def test_a_cluster_of_ones_own_needs_only_its_url(
     assert "/sandboxes" == dialect.create_path
     assert sandbox == dialect.sandbox_url(address, GRANT, 49999)
     theirs = GRANT.model_copy(update={"domain": "theirs.example"})
-    assert "E2B_SANDBOX_URL" in environ or "https://49999-i1.theirs.example" == dialect.sandbox_url(
+    assert "E2B_SANDBOX_URL" in environ or f"{address.scheme}://49999-i1.theirs.example" == dialect.sandbox_url(
         address, theirs, 49999
     )
     assert Client(provider="e2b", api_url=api_url).dialect is dialect

@@ -285,6 +285,28 @@ async def test_a_server_that_quotes_secrets_cannot_put_them_into_errors_or_logs(
         assert secret[: len(secret) // 2] not in said
 
 
+async def test_a_malformed_answer_that_quotes_secrets_is_not_quoted_in_turn() -> None:
+    """Over a real connection: the library's own error says what it has received."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\n" + head.partition(b"\r\n")[2].replace(b": ", b" "))
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with Client(provider="e2b", api_key="s3cret", api_url=url, request_timeout=0.5) as owner:
+        for call in (
+            owner.info("i1"),
+            owner.transport.open("run_code", url, headers={"X": "s3cret"}, body={}, sandbox_id="i1"),
+        ):
+            with pytest.raises(TransportError) as caught:
+                await call
+            assert "illegal header line" in str(caught.value)
+            assert "s3cret" not in "".join(traceback.format_exception(caught.value))
+    server.close()
+
+
 async def test_the_key_travels_in_its_header() -> None:
     def handler(request: httpx.Request) -> httpx.Response:
         assert "s3cret" == request.headers["X-API-KEY"]
