@@ -54,7 +54,10 @@ class ControlPlane:
         self.dialect.require(f"pause(memory={memory})")
         body = self.dialect.pause_body if memory else {"memory": False}
         try:
-            await self._send("pause", "POST", "/sandboxes/{id}/pause", sandbox_id, body=body, deadline=deadline)
+            path = "/sandboxes/{id}/pause"
+            wire.done(
+                await self._send("pause", "POST", path, sandbox_id, body=body, deadline=deadline), "pause", sandbox_id
+            )
         except ConflictError:
             if (await self.info(sandbox_id)).state != "paused":
                 raise
@@ -134,7 +137,8 @@ class ControlPlane:
         """
         body = wire.body(TimeoutRequest, "set_timeout", timeout=timeout).model_dump()
         try:
-            await self._send("set_timeout", "POST", "/sandboxes/{id}/timeout", sandbox_id, body=body)
+            response = await self._send("set_timeout", "POST", "/sandboxes/{id}/timeout", sandbox_id, body=body)
+            wire.done(response, "set_timeout", sandbox_id)
         except NotFoundError as error:
             # The wire says 404 for a paused one too, and a caller who believed that would start anew.
             if (await self.info(sandbox_id)).state != "paused":
@@ -198,7 +202,7 @@ class ControlPlane:
 
     async def _delete(self, op: str, path: str, identifier: str) -> bool:
         try:
-            await self._send(op, "DELETE", path, identifier)
+            wire.done(await self._send(op, "DELETE", path, identifier), op, identifier)
         except NotFoundError:
             return False
 

@@ -11,7 +11,7 @@ import httpx
 from pydantic import ValidationError
 
 from sandbox_tools.client.codec import decoded
-from sandbox_tools.client.transport import close, retry_after, translate
+from sandbox_tools.client.transport import close, may_have_happened, retry_after, translate
 from sandbox_tools.errors import (
     APIError,
     ConnectError,
@@ -148,7 +148,8 @@ def parsed(sandbox: Sandbox, op: str, parse: Callable[[Any], T], answer: Any) ->
     try:
         return parse(answer)
     except ValidationError:
-        msg = f"`{op}` was answered with {str(answer)[:200]!r}, which is not of the protocol. Check the template."
+        quoted = sandbox._client.transport.quoted(str(answer))[:200]
+        msg = f"`{op}` was answered with {quoted!r}, which is not of the protocol. Check the template."
         raise ProtocolError(msg, op=op, sandbox_id=sandbox.id) from None
 
 
@@ -164,7 +165,7 @@ def refusal(
     if isinstance(said.get("code"), str):
         return failure(sandbox, op, said, late)
 
-    text = str(said.get("message") or body.decode("utf-8", "replace"))[:200]
+    text = sandbox._client.transport.quoted(str(said.get("message") or body.decode("utf-8", "replace")))[:200]
     own = said.get("code") == status and text.startswith("path ")
     if own or (status == 404 and "Context" in text and "not found" in text):
         return _no(sandbox, op, status, text)
@@ -184,13 +185,20 @@ def refusal(
 
     msg = f"`{op}` was refused with status {status}: {text!r}. Look at the sandbox's state, then try again."
     wait = retry_after(response.headers.get("retry-after"))
-    return error_for_status(status)(msg, status_code=status, retry_after=wait, op=op, sandbox_id=sandbox.id)
+    slug = said.get("error_code")
+    error = error_for_status(status)(
+        msg, status_code=status, error_code=slug, retry_after=wait, op=op, sandbox_id=sandbox.id
+    )
+    if may_have_happened(error):
+        error.retryable = None  # a 503 of something in between, behind which the code may have run
+
+    return error
 
 
 def failure(sandbox: Sandbox, op: str, said: Any, late: SandboxError | None) -> SandboxError:
     """What Connect's error means."""
     said = said if isinstance(said, dict) else {"message": said}
-    code, text = str(said.get("code")), str(said.get("message", ""))[:500]
+    code, text = str(said.get("code")), sandbox._client.transport.quoted(str(said.get("message", "")))
     if code == "deadline_exceeded" and late is not None:
         return late
 

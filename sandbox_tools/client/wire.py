@@ -20,6 +20,7 @@ R = TypeVar("R", SandboxInfo, SnapshotInfo)
 IDLE_PAGES = 3
 """Pages in a row that may bring nothing new: one may be empty, or come twice."""
 
+_ANYTHING = TypeAdapter(Any)
 _OBJECT = TypeAdapter(dict[str, Any])
 _ROWS = TypeAdapter(list[dict[str, Any]] | None)
 
@@ -59,6 +60,14 @@ def path_part(op: str, identifier: str) -> str:
         raise ConfigError(msg, op=op)
 
     return urllib.parse.quote(identifier, safe="")
+
+
+def done(response: httpx.Response, op: str, sandbox_id: str | None = None) -> None:
+    """An answer that holds nothing; the login page of a network in between is not one."""
+    try:
+        _ANYTHING.validate_json(response.content or b"null")
+    except ValidationError:
+        raise _shapeless(response, op, sandbox_id) from None
 
 
 def parsed(model: type[M], response: httpx.Response, op: str, sandbox_id: str | None = None) -> M:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -124,7 +125,7 @@ async def test_a_resume_that_is_cancelled_leaves_nothing_open_and_the_next_one_v
 ) -> None:
     sandbox = await client.create()
     await sandbox.pause()
-    before = asyncio.all_tasks()
+    before, descriptors = asyncio.all_tasks(), len(os.listdir("/proc/self/fd"))
     edge.held = held
     edge.on_connect = edge.files.clear
     task = asyncio.create_task(sandbox.resume())
@@ -135,6 +136,7 @@ async def test_a_resume_that_is_cancelled_leaves_nothing_open_and_the_next_one_v
             await task
     edge.held = None
     await settled(before)
+    assert len(os.listdir("/proc/self/fd")) <= descriptors
 
     with pytest.raises(StateLostError):
         await sandbox.resume()

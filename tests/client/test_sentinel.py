@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -348,7 +349,7 @@ async def test_a_pause_that_is_cancelled_leaves_nothing_open_and_no_wrong_mark(
 ) -> None:
     await at_edge.pause()
     await at_edge.resume()
-    before = asyncio.all_tasks()
+    before, descriptors = asyncio.all_tasks(), len(os.listdir("/proc/self/fd"))
     edge.held = held
     task = asyncio.create_task(at_edge.pause())
     async with asyncio.timeout(10):
@@ -358,6 +359,7 @@ async def test_a_pause_that_is_cancelled_leaves_nothing_open_and_no_wrong_mark(
             await task
         while asyncio.all_tasks() - before:
             await asyncio.sleep(0.01)
+    assert len(os.listdir("/proc/self/fd")) <= descriptors
     edge.held = None
 
     assert await at_edge.pause()
