@@ -16,6 +16,7 @@ from pydantic import TypeAdapter
 from sandbox_tools.client import rpc
 from sandbox_tools.client.codec import ExecutionCollector
 from sandbox_tools.client.exchange import parsed
+from sandbox_tools.client.transport import completed
 from sandbox_tools.errors import (
     ConfigError,
     ExecutionTimeoutError,
@@ -93,7 +94,7 @@ class Commands:
             raise
         except BaseException:
             # Cancelled, or a callback raised: nobody is left who could end it.
-            await command._end()
+            await completed(command._end())
             raise
         finally:
             await command.disconnect()
@@ -209,7 +210,7 @@ class Command:
                 message = await anext(self._events)
             except ExecutionTimeoutError as error:
                 error.partial = self._collector.execution()
-                await self._end()  # for a server that does not keep to the limit
+                await completed(self._end())  # for a server that does not keep to the limit
                 raise
 
             self._pieces.extend(self._read(message))
@@ -233,7 +234,7 @@ class Command:
             pass
 
         if self._ended is None:
-            msg = f"This is no longer connected to process {self.pid}. Use `commands.connect({self.pid})`."
+            msg = f"This lost process {self.pid} before its end was told. Use `commands.connect({self.pid})`."
             raise TransportError(msg, op=self._op, sandbox_id=self._sandbox.id)
 
         seen = self._collector.execution().model_dump(include=set(CommandResult.model_fields))
@@ -286,7 +287,7 @@ class Command:
                 self._ended = dict(event["end"])
 
             for kind, cls in (("stdout", Stdout), ("stderr", Stderr)):
-                data = base64.b64decode(event.get("data", {}).get(kind, ""))
+                data = base64.b64decode(event.get("data", {}).get(kind, ""), validate=True)
                 if text := self._decoders[cls].decode(data, final="end" in event):
                     yield cls(text=text)
         except (TypeError, KeyError, ValueError, AttributeError) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -310,11 +310,16 @@ class Transport:
 async def close(response: httpx.Response) -> None:
     """Closes a streamed answer and its connection, also when the caller is cancelled while it does."""
     # httpx takes locks before it closes the socket, and a cancellation there would leave both open.
-    closing = asyncio.create_task(response.aclose())
+    await completed(response.aclose())
+
+
+async def completed(work: Coroutine[Any, Any, None]) -> None:
+    """Awaits what must come to its end, and only then lets a cancellation of the caller through."""
+    task = asyncio.create_task(work)
     try:
-        await asyncio.shield(closing)
+        await asyncio.shield(task)
     except asyncio.CancelledError:
-        await closing
+        await task
         raise
 
 
