@@ -116,7 +116,10 @@ class Commands:
             msg = f"`timeout` is {timeout!r}. Pass a positive number of seconds, or None for no limit."
             raise ConfigError(msg, op="commands.run", sandbox_id=self._sandbox.id)
 
-        config: dict[str, Any] = {"cmd": "/bin/bash", "args": ["-l", "-c", cmd], "envs": dict(env or {})}
+        config: dict[str, Any] = {"cmd": "/bin/bash", "args": ["-l", "-c", cmd]}
+        if env:
+            config["envs"] = dict(env)
+
         if cwd is not None:
             config["cwd"] = cwd
 

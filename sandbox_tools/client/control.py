@@ -141,7 +141,12 @@ class ControlPlane:
             wire.done(response, "set_timeout", sandbox_id)
         except NotFoundError as error:
             # The wire says 404 for a paused one too, and a caller who believed that would start anew.
-            if (await self.info(sandbox_id)).state != "paused":
+            try:
+                state = (await self.info(sandbox_id)).state
+            except NotFoundError:
+                raise error from None
+
+            if state != "paused":
                 raise
 
             msg = f"`set_timeout` needs a running sandbox, and {sandbox_id!r} is paused. Connect to it first."
@@ -177,6 +182,9 @@ class ControlPlane:
             NotFoundError: The sandbox is gone.
             ConflictError: It is paused.
         """
+        if name:
+            self.dialect.require("snapshot(name)")
+
         more: dict[str, Any] = {"body": {"name": name} if name else {}, "idempotent": False, "deadline": LONG_REQUEST}
         response = await self._send("snapshot", "POST", "/sandboxes/{id}/snapshots", sandbox_id, **more)
         return wire.parsed(SnapshotInfo, response, "snapshot", sandbox_id)

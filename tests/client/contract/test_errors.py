@@ -88,7 +88,9 @@ class Case:
 def generic() -> Iterator[Case]:
     """What any verb of the control plane may be answered."""
     for verb in API:
-        again = 1 if verb in ONCE else 4
+        again = 4  # with create's `Idempotency-Key`, which the server keeps to
+        # What came instead of a grant does not say that no sandbox will come of it.
+        odd = None if verb in ONCE else False
         rows: list[tuple[int, type[SandboxError], bool | None, int, str]] = [
             (400, APIError, False, 1, "argument"),
             (401, AuthenticationError, False, 1, "key"),
@@ -135,15 +137,24 @@ def generic() -> Iterator[Case]:
             named="429 for longer than its deadline",
         )
         page = Answer(status=404, body=f"<h1>nginx {KEY}</h1>".encode(), headers={"content-type": "text/html"})
-        yield Case(verb=verb, answer=page, error=ProtocolError, says="check the api url", named="404 in HTML")
+        yield Case(
+            verb=verb, answer=page, error=ProtocolError, retryable=odd, says="check the api url", named="404 in HTML"
+        )
         wordless = said(404, {"detail": KEY})
         yield Case(
-            verb=verb, answer=wordless, error=ProtocolError, says="check the api url", named="404 in other words"
+            verb=verb,
+            answer=wordless,
+            error=ProtocolError,
+            retryable=odd,
+            says="check the api url",
+            named="404 in other words",
         )
         bad_gateway = Answer(status=502, body=f"<h1>{KEY}</h1>".encode(), headers={"retry-after": SOON})
         yield Case(verb=verb, answer=bad_gateway, error=ServerError, retryable=None, sent=again, named="502 in HTML")
         redirect = Answer(status=302, headers={"location": "https://elsewhere.example/"})
-        yield Case(verb=verb, answer=redirect, error=ProtocolError, says="check the api url", named="a redirect")
+        yield Case(
+            verb=verb, answer=redirect, error=ProtocolError, retryable=odd, says="check the api url", named="a redirect"
+        )
         yield Case(
             verb=verb,
             answer=Answer(ending="deaf"),
@@ -165,7 +176,14 @@ def generic() -> Iterator[Case]:
                 named="half an answer",
             )
             shapeless = said(200, {"envdAccessToken": TOKEN, "sandboxID": 7})
-            yield Case(verb=verb, answer=shapeless, error=ProtocolError, says="not of the protocol", named="no grant")
+            yield Case(
+                verb=verb,
+                answer=shapeless,
+                error=ProtocolError,
+                retryable=odd,
+                says="not of the protocol",
+                named="no grant",
+            )
 
 
 CONTROL = (
@@ -269,7 +287,7 @@ CODE = (
         verb="run_code in a context",
         answer=plain(404, f"Context c1 not found {SPOKEN}"),
         error=NotFoundError,
-        says="no such code context",
+        says="which itself is there",
     ),
     Case(verb="run_code", answer=plain(404, f"404 page not found {SPOKEN}"), error=ProtocolError, says="domain"),
     Case(verb="run_code", answer=plain(400, f"missing header {SPOKEN}"), error=APIError, more={"status_code": 400}),
@@ -300,7 +318,7 @@ CODE = (
         more={"status_code": 429, "retry_after": 3.0},
     ),
     Case(verb="run_code", answer=plain(500, f"no kernel {SPOKEN}"), error=ServerError, retryable=None),
-    Case(verb="run_code", answer=plain(503, f"busy {SPOKEN}"), error=CapacityError, retryable=True),
+    Case(verb="run_code", answer=plain(503, f"busy {SPOKEN}"), error=CapacityError, retryable=None),
     Case(
         verb="run_code",
         answer=said(502, NOT_FOUND),
@@ -322,7 +340,7 @@ CODE = (
         answer=said(502, NOT_FOUND),
         error=TransportError,
         retryable=True,
-        says="was not run",
+        says="did not begin",
         named="502 although it runs",
     ),
     Case(
