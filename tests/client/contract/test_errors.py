@@ -34,7 +34,20 @@ from sandbox_tools.errors import (
 from tests.client.contract.ours import CALLS, Call
 from tests.client.contract.places import PLACES
 from tests.client.contract.recorder import Answer, Recorder, refused, said
-from tests.client.contract.service import ID, KEY, SECRETS, STARTED, TOKEN, TRAFFIC, executed, paused, unknown, well
+from tests.client.contract.service import (
+    ID,
+    KEY,
+    PROCESS,
+    SECRETS,
+    STARTED,
+    TOKEN,
+    TRAFFIC,
+    executed,
+    paused,
+    streamed,
+    unknown,
+    well,
+)
 
 SPOKEN = f"{TOKEN} {TRAFFIC}"
 """What a careless sandbox quotes in its errors; a careless control plane quotes the key."""
@@ -47,13 +60,35 @@ API: Mapping[str, tuple[str, str]] = {
     "info": ("GET", f"/sandboxes/{ID}"),
     "list": ("GET", "/v2/sandboxes"),
     "set_timeout": ("POST", f"/sandboxes/{ID}/timeout"),
+    "metrics": ("GET", f"/sandboxes/{ID}/metrics"),
+    "snapshot": ("POST", f"/sandboxes/{ID}/snapshots"),
+    "list_snapshots": ("GET", "/snapshots"),
+    "delete_snapshot": ("DELETE", "/templates/team%2Fsnap%3Adefault"),
+    "fork": ("POST", f"/sandboxes/{ID}/fork"),
 }
 """Where the verbs of the control plane go."""
 
-INSIDE: Mapping[str, tuple[str, str]] = {"run_code": ("POST", "/execute")}
+INSIDE: Mapping[str, tuple[str, str]] = {
+    "run_code": ("POST", "/execute"),
+    "create_context": ("POST", "/contexts"),
+    "list_contexts": ("GET", "/contexts"),
+    "restart_context": ("POST", "/contexts/c1/restart"),
+    "remove_context": ("DELETE", "/contexts/c1"),
+    "commands.run": ("POST", "/process.Process/Start"),
+    "commands.connect": ("POST", "/process.Process/Connect"),
+    "commands.list": ("POST", "/process.Process/List"),
+    "commands.kill": ("POST", "/process.Process/SendSignal"),
+    "files.read": ("GET", "/files"),
+    "files.write": ("POST", "/files"),
+    "files.list": ("POST", "/filesystem.Filesystem/ListDir"),
+    "files.info": ("POST", "/filesystem.Filesystem/Stat"),
+    "files.make_dir": ("POST", "/filesystem.Filesystem/MakeDir"),
+    "files.move": ("POST", "/filesystem.Filesystem/Move"),
+    "files.remove": ("POST", "/filesystem.Filesystem/Remove"),
+}
 """Where the verbs of a sandbox go."""
 
-ONCE = {"create"}
+ONCE = {"create", "snapshot", "fork"}
 """What is never sent again unless it certainly did not happen."""
 
 SOON = "0.001"
@@ -74,6 +109,7 @@ class Case:
     never: str = ""
     """Words that would mislead."""
     sent: int = 1
+    """How often. 0: what only reads may be sent again, and others not."""
     more: Mapping[str, Any] = field(default_factory=dict)
     """Attributes of the error."""
     info: Answer | None = None
@@ -88,9 +124,9 @@ class Case:
 def generic() -> Iterator[Case]:
     """What any verb of the control plane may be answered."""
     for verb in API:
-        again = 4  # with create's `Idempotency-Key`, which the server keeps to
+        again = 1 if verb in ONCE - {"create"} else 4  # create has an `Idempotency-Key`, which this server keeps to
         # What came instead of a grant does not say that no sandbox will come of it.
-        odd = None if verb in ONCE else False
+        odd = None if verb == "create" else False
         rows: list[tuple[int, type[SandboxError], bool | None, int, str]] = [
             (400, APIError, False, 1, "argument"),
             (401, AuthenticationError, False, 1, "key"),
@@ -164,7 +200,7 @@ def generic() -> Iterator[Case]:
             sent=again,
             named="no answer but a reset",
         )
-        if verb not in ("pause", "kill", "set_timeout"):
+        if verb not in ("pause", "kill", "set_timeout", "delete_snapshot"):
             broken = Answer(status=200, body=b'{"sandboxID": "i', ending="cut")
             yield Case(
                 verb=verb,
@@ -197,7 +233,7 @@ CONTROL = (
             more={"status_code": 404},
             named="404",
         )
-        for verb in ("connect", "info", "pause")
+        for verb in ("connect", "info", "pause", "metrics", "snapshot", "fork")
     ),
     Case(
         verb="set_timeout",
@@ -383,7 +419,96 @@ CODE = (
 )
 
 
-@pytest.mark.parametrize("case", [*CONTROL, *CODE], ids=str)
+def word(status: int, code: str, **headers: str) -> Answer:
+    """As envd words an error of one call."""
+    return said(status, {"code": code, "message": f"because {SPOKEN}"}, **headers)
+
+
+# By Connect's code: the HTTP status beside it, and what it is to become.
+CODES: Mapping[str, tuple[int, type[SandboxError], bool | None]] = {
+    "invalid_argument": (400, APIError, False),
+    "failed_precondition": (400, APIError, False),
+    "unauthenticated": (401, AuthenticationError, False),
+    "permission_denied": (403, AccessDeniedError, False),
+    "not_found": (404, NotFoundError, False),
+    "already_exists": (409, ConflictError, False),
+    "resource_exhausted": (429, RateLimitError, True),
+    "internal": (500, ServerError, None),
+    "unknown": (500, ServerError, None),
+    "unimplemented": (501, ServerError, None),
+    "unavailable": (503, TransportError, None),
+    "canceled": (499, TransportError, None),
+}
+
+
+def envd() -> Iterator[Case]:
+    """What a daemon that is called may answer."""
+    for code, (status, error, retryable) in CODES.items():
+        more = {"error_code": code} if issubclass(error, APIError) else {}
+        for verb in ("commands.run", "commands.list", "files.move", "files.write"):
+            yield Case(verb=verb, answer=word(status, code), error=error, retryable=retryable, more=more, named=code)
+
+        ending = streamed(end={"error": {"code": code, "message": f"because {SPOKEN}"}})
+        yield Case(
+            verb="commands.run",
+            answer=ending,
+            error=error,
+            retryable=retryable,
+            more=more,
+            named=f"{code} at the stream's end",
+        )
+        if error is TransportError:
+            for info, cls in ((unknown(), SandboxExpiredError), (paused(), SandboxStateError)):
+                yield Case(verb="commands.run", answer=ending, info=info, error=cls, named=f"{code}, and why")
+
+    for verb in INSIDE:
+        if verb == "run_code":
+            continue
+
+        gone = said(502, NOT_FOUND)
+        yield Case(
+            verb=verb, answer=gone, info=unknown(), error=SandboxExpiredError, says="create a new one", named="502"
+        )
+        yield Case(verb=verb, answer=gone, info=paused(), error=SandboxStateError, says="resume it", named="502")
+        yield Case(verb=verb, answer=gone, error=TransportError, retryable=True, says="did not begin", named="502")
+        yield Case(
+            verb=verb, answer=Answer(ending="deaf"), info=unknown(), error=SandboxExpiredError, named="deaf", sent=0
+        )
+        page = plain(404, f"404 page not found {SPOKEN}")
+        yield Case(verb=verb, answer=page, error=ProtocolError, says="domain", named="404 in other words")
+
+    begun = streamed(*PROCESS[:2], ending="cut")
+    for info, cls, retryable in (
+        (None, TransportError, None),
+        (unknown(), SandboxExpiredError, False),
+        (paused(), SandboxStateError, False),
+    ):
+        yield Case(verb="commands.run", answer=begun, info=info, error=cls, retryable=retryable, named="cut")
+
+    whole = Answer(body=streamed(*PROCESS[:2], ending="cut").body, headers={"content-type": "application/connect+json"})
+    yield Case(
+        verb="commands.run", answer=whole, error=ProtocolError, says="ended before", named="an end without a word"
+    )
+    for verb, status, text, cls in (
+        ("files.read", 404, "path '/a' does not exist", NotFoundError),
+        ("files.read", 400, "path '/a' is a directory", APIError),
+        ("files.read", 401, "error looking up user 'x'", AuthenticationError),
+        ("files.write", 400, "path '/a' is a directory", APIError),
+        ("files.write", 401, "invalid signature", AuthenticationError),
+        ("files.write", 507, "not enough disk space", ServerError),
+    ):
+        yield Case(
+            verb=verb,
+            answer=said(status, {"code": status, "message": f"{text} {SPOKEN}"}),
+            error=cls,
+            retryable=cls.retryable,
+            says=text,
+            more={"status_code": status},
+            named=str(status),
+        )
+
+
+@pytest.mark.parametrize("case", [*CONTROL, *CODE, *envd()], ids=str)
 async def test_each_failure_has_its_class_and_says_what_to_do(
     case: Case, recorder: Recorder, state: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -423,9 +548,10 @@ async def _fails(
     assert not case.never or case.never not in str(error).lower()
     assert str(error).endswith((".", ".'", '."'))
     assert dict(case.more) == {name: getattr(error, name) for name in case.more}
-    assert case.sent == len([request for request in recorder.asked(path) if request.method == method])
+    assert not case.sent or case.sent == len([request for request in recorder.asked(path) if request.method == method])
     assert error.op == case.verb.partition(" ")[0]
-    assert error.sandbox_id == (None if case.verb in ("create", "list") else ID)
+    nowhere = {"create", "list", "list_snapshots", "delete_snapshot"}
+    assert error.sandbox_id == (None if case.verb in nowhere else ID)
     shown = "".join(traceback.format_exception(error)) + repr(error) + repr(vars(error)) + repr(client) + caplog.text
     assert not [secret for secret in SECRETS if secret in shown]
 

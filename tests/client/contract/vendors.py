@@ -53,7 +53,7 @@ class Request:
     query: Mapping[str, str] = field(default_factory=dict)
     """With all encodings. The order of parameters means nothing."""
     form: Literal["none", "json", "envelope", "bytes", "multipart"] = "none"
-    """Of the body: `none` is no byte at all; `envelope` is one message of a Connect stream; `multipart` has one part."""
+    """Of the body: `none` is no byte at all, `envelope` one message of a Connect stream, `multipart` one part."""
     body: Any = None
     headers: Mapping[str, str] = field(default_factory=dict)
     """Those of `COMPARED` that it has."""
