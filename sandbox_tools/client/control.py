@@ -206,11 +206,12 @@ class ControlPlane:
         Returns:
             True: deleted. False: there was none (or an attempt whose answer was lost had deleted it).
         """
-        return await self._delete("delete_snapshot", "/templates/{id}", snapshot_id)
+        path = f"/templates/{wire.path_part('delete_snapshot', snapshot_id)}"
+        return await self._delete("delete_snapshot", path)
 
-    async def _delete(self, op: str, path: str, identifier: str) -> bool:
+    async def _delete(self, op: str, path: str, sandbox_id: str | None = None) -> bool:
         try:
-            wire.done(await self._send(op, "DELETE", path, identifier), op, identifier)
+            wire.done(await self._send(op, "DELETE", path, sandbox_id), op, sandbox_id)
         except NotFoundError:
             return False
 
