@@ -16,9 +16,10 @@ chat: setup  ## The same with a real chat model, where the environment has a key
 test: setup  ## All tests, against the real engine; ARGS='-k name' passes options to pytest
 	@$(BIN)/python -m pytest --cov --cov-report=term $(ARGS); code=$$?; echo $$code >$(VENV)/pytest-exit-code; exit $$code
 
-bench: setup  ## Times beside bare runsc, and what lies between a client and a sandbox beside a bare host
-	@$(BIN)/python benchmarks/engine.py
-	@$(BIN)/python benchmarks/traffic.py
+bench: setup  ## Times beside bare runsc, a bare host, bare httpx and the vendor's client
+	@$(BIN)/python -m benchmarks.engine
+	@$(BIN)/python -m benchmarks.traffic
+	@$(BIN)/python -m benchmarks.client
 
 lint: $(VENV)/packages
 	@$(BIN)/ruff check .

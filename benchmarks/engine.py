@@ -6,13 +6,10 @@ synced to disk. The other side is this package's own client and an engine proces
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
-import platform
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,6 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from benchmarks.figures import Samples, machine, milliseconds, options, ratio
 from sandbox_tools import Client
 from sandbox_tools.engine.bundle import write_bundle
 from sandbox_tools.engine.http1 import call
@@ -41,8 +39,6 @@ CREATE = "create to first result"
 ROUND_TRIP = "1+1 round trip"
 PAUSE = "pause"
 RESUME = "resume to first result"
-
-Samples = dict[str, dict[str, list[float]]]
 
 
 class Bare:
@@ -98,7 +94,7 @@ async def seconds(step: Callable[[], Awaitable[object]]) -> float:
     return time.perf_counter() - started
 
 
-async def bare_round(template: Template, work: Path, name: str, fill: str | None, into: dict[str, list[float]]) -> None:
+async def bare_round(template: Template, work: Path, name: str, fill: str | None, into: Samples) -> None:
     first, second = Bare(template, work, f"{name}-1"), Bare(template, work, f"{name}-2")
     first.make_ready()
     second.make_ready()
@@ -124,7 +120,7 @@ async def bare_round(template: Template, work: Path, name: str, fill: str | None
     shutil.rmtree(image)
 
 
-async def engine_round(client: Client, fill: str | None, into: dict[str, list[float]]) -> None:
+async def engine_round(client: Client, fill: str | None, into: Samples) -> None:
     started = time.perf_counter()
     sandbox = await client.create("base")
     await sandbox.run_code(FIRST)
@@ -142,14 +138,14 @@ async def engine_round(client: Client, fill: str | None, into: dict[str, list[fl
     await sandbox.kill()
 
 
-async def measure(rounds: int, console: Console) -> dict[str, Samples]:
+async def measure(rounds: int, console: Console) -> dict[str, dict[str, Samples]]:
     state = state_directory()
     with Progress(console=console, transient=True) as progress:
         template = await prepare(state, templates_directory(state))
         work = Path(tempfile.mkdtemp(prefix="bench-", dir=state))
         kinds = {"default sandbox": None, "holding 1 GB": FILL}
         task = progress.add_task("rounds", total=rounds * len(kinds))
-        results: dict[str, Samples] = {}
+        results: dict[str, dict[str, Samples]] = {}
         os.environ.setdefault("SANDBOX_TOOLS_TEMPLATES_DIR", str(templates_directory(state)))
         os.environ.setdefault("SANDBOX_TOOLS_RUNSC", str(template.runsc))
         try:
@@ -157,7 +153,7 @@ async def measure(rounds: int, console: Console) -> dict[str, Samples]:
                 # Both sides warm: the engine is up, the image is in the page cache.
                 await (await client.create("base")).kill()
                 for kind, fill in kinds.items():
-                    sides: Samples = {
+                    sides: dict[str, Samples] = {
                         side: {step: [] for step in (CREATE, ROUND_TRIP, PAUSE, RESUME)} for side in ("engine", "bare")
                     }
                     for number in range(rounds):
@@ -173,30 +169,20 @@ async def measure(rounds: int, console: Console) -> dict[str, Samples]:
     return results
 
 
-def p95(samples: list[float]) -> float:
-    return sorted(samples)[min(len(samples) - 1, round(0.95 * (len(samples) - 1)))]
-
-
-def show(results: dict[str, Samples], console: Console) -> None:
+def show(results: dict[str, dict[str, Samples]], console: Console) -> None:
     for kind, sides in results.items():
         table = Table(title=f"{kind}, ms", title_justify="left")
         for column in ("step", "engine p50", "p95", "bare runsc p50", "p95", "ratio of p50"):
             table.add_column(column, justify="left" if column == "step" else "right")
         for step, ours in sides["engine"].items():
             bare = sides["bare"][step]
-            middle, bare_middle = statistics.median(ours), statistics.median(bare)
-            figures = (middle, p95(ours), bare_middle, p95(bare))
-            table.add_row(step, *(f"{1000 * figure:.1f}" for figure in figures), f"{middle / bare_middle:.2f}")
+            table.add_row(step, *milliseconds(ours), *milliseconds(bare), ratio(ours, bare))
         console.print(table)
-    cores = os.cpu_count()
-    console.print(f"{cores} cores, Linux {platform.release()}, {'root' if os.geteuid() == 0 else 'ordinary user'}")
+    console.print(machine())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of each kind (default: 5)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the raw samples, in seconds, here")
-    arguments = parser.parse_args()
+    arguments = options(__doc__, rounds=5)
     console = Console(file=sys.stdout)
     results = asyncio.run(measure(arguments.rounds, console))
     show(results, console)

@@ -7,12 +7,10 @@ turn about, in one run, by the same client.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import http.client
 import json
 import os
-import platform
 import shutil
 import socket
 import statistics
@@ -31,6 +29,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from benchmarks.figures import Samples, machine, milliseconds, options, ratio
 from sandbox_tools.models import ENVD_PORT, INTERPRETER_PORT
 from sandbox_tools.paths import socket_path, state_directory, templates_directory
 
@@ -84,8 +83,6 @@ def ask():
 
 print([ask() for _ in range({CALLS})])
 """
-
-Samples = dict[str, list[float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,30 +273,20 @@ def measure(rounds: int, console: Console) -> dict[str, Samples]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def p95(samples: list[float]) -> float:
-    return sorted(samples)[min(len(samples) - 1, round(0.95 * (len(samples) - 1)))]
-
-
 def show(results: dict[str, Samples], console: Console) -> None:
     table = Table(title="through engine and tunnel, beside the same on the bare host, ms", title_justify="left")
     for column in ("step", "sandbox p50", "p95", "bare p50", "p95", "ratio", "MB/s"):
         table.add_column(column, justify="left" if column == "step" else "right", no_wrap=column == "step")
     for step, ours in sorted(results["sandbox"].items(), key=lambda row: "MB" in row[0]):
         bare = results["bare"][step]
-        middle, bare_middle = statistics.median(ours), statistics.median(bare)
-        figures = (f"{1000 * figure:.1f}" for figure in (middle, p95(ours), bare_middle, p95(bare)))
-        rate = f"{SIZE / MB / middle:.0f}" if "MB" in step else ""
-        table.add_row(step, *figures, f"{middle / bare_middle:.2f}", rate)
+        rate = f"{SIZE / MB / statistics.median(ours):.0f}" if "MB" in step else ""
+        table.add_row(step, *milliseconds(ours), *milliseconds(bare), ratio(ours, bare), rate)
     console.print(table)
-    who = "root" if os.geteuid() == 0 else "ordinary user"
-    console.print(f"{os.cpu_count()} cores, Linux {platform.release()}, {who}")
+    console.print(machine())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="rounds (default: 5)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the raw samples, in seconds, here")
-    arguments = parser.parse_args()
+    arguments = options(__doc__, rounds=5)
     console = Console(file=sys.stdout)
     results = measure(arguments.rounds, console)
     show(results, console)

@@ -140,9 +140,10 @@ def _parse(line: bytes, sandbox_id: str | None) -> ExecutionEvent | None:
         kind = data["type"]
         event = _EVENTS.get(kind)
         return event.model_validate(data) if event else None
-    except (ValueError, TypeError, KeyError, RecursionError, ValidationError) as error:
-        msg = f"The sandbox sent a line that is not an event: {line[:200]!r}. Check what answers at its address."
-        raise ProtocolError(msg, op="run_code", sandbox_id=sandbox_id) from error
+    except (ValueError, TypeError, KeyError, RecursionError, ValidationError):
+        msg = f"The sandbox sent a line of {len(line)} bytes that is not an event. Check what answers at its address."
+        # Neither the line nor pydantic's error is shown: a server may quote a token.
+        raise ProtocolError(msg, op="run_code", sandbox_id=sandbox_id) from None
 
 
 def _loads(data: bytes) -> Any:
@@ -155,20 +156,13 @@ def _loads(data: bytes) -> Any:
 
 
 def decoded(data: bytes, op: str) -> dict[str, Any]:
-    """A message of Connect.
-
-    Args:
-        op: The caller's verb, for errors.
-
-    Raises:
-        ProtocolError: It is none.
-    """
+    """A message of Connect; a `ProtocolError` of the verb `op` where it is none."""
     try:
         value = _loads(data)
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        msg = f"The sandbox sent something that is not a message: {data[:200]!r}. Check what answers at its address."
+        msg = f"The sandbox sent {len(data)} bytes that are not a message. Check what answers at its address."
         raise ProtocolError(msg, op=op)
 
     return value
@@ -191,15 +185,14 @@ class EnvelopeDecoder:
         """The messages that this chunk completes, each with whether it is the one that ends the stream.
 
         Raises:
-            ProtocolError: This is no envelope, or not one that was asked for. Nothing can be read after that.
+            ProtocolError: This is no envelope, or a compressed one. Nothing can be read after that.
         """
         self._buffer += chunk
         while len(self._buffer) >= ENVELOPE.size:
             flags, length = ENVELOPE.unpack_from(self._buffer)
             if flags & ~LAST or length > self._max_message:
                 msg = (
-                    f"The sandbox sent an envelope with the flags {flags:#04x} and {length} bytes; plain ones of at "
-                    f"most {self._max_message} are read here. Check what answers at its address."
+                    f"`{self._op}` was answered with an envelope of flags {flags:#x} and {length} bytes. Ask for less."
                 )
                 raise ProtocolError(msg, op=self._op)
 

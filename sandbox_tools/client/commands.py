@@ -63,7 +63,7 @@ class Commands:
         """Runs a command of bash to its end; one that fails is a result with another `exit_code` than 0.
 
         It is never sent twice. If this is cancelled, the command is killed, unless its start was not yet known: then
-        its `timeout` ends it.
+        only its `timeout` ends it.
 
         Args:
             cwd: None: the user's home.
@@ -79,14 +79,7 @@ class Commands:
             TransportError: The connection broke; the command may be running still, until its `timeout`.
         """
         command = await self.start(
-            cmd,
-            cwd=cwd,
-            env=env,
-            user=user,
-            timeout=timeout,
-            stdin=stdin,
-            on_stdout=on_stdout,
-            on_stderr=on_stderr,
+            cmd, cwd=cwd, env=env, user=user, timeout=timeout, stdin=stdin, on_stdout=on_stdout, on_stderr=on_stderr
         )
         try:
             return await command.wait()
@@ -116,18 +109,12 @@ class Commands:
             msg = f"`timeout` is {timeout!r}. Pass a positive number of seconds, or None for no limit."
             raise ConfigError(msg, op="commands.run", sandbox_id=self._sandbox.id)
 
-        config: dict[str, Any] = {"cmd": "/bin/bash", "args": ["-l", "-c", cmd]}
-        if env:
-            config["envs"] = dict(env)
-
-        if cwd is not None:
-            config["cwd"] = cwd
-
-        message = {"process": config, "stdin": stdin}
-        events = rpc.stream(
-            self._sandbox, "process.Process/Start", message, user=user, timeout=timeout, op="commands.run"
-        )
-        return await self._followed(events, "commands.run", on_stdout, on_stderr)
+        process: dict[str, Any] = {"cmd": "/bin/bash", "args": ["-l", "-c", cmd]}
+        process |= {name: value for name, value in (("envs", dict(env or {})), ("cwd", cwd)) if value}
+        message = {"process": process, "stdin": stdin}
+        op = "commands.run"
+        events = rpc.stream(self._sandbox, "process.Process/Start", message, user=user, timeout=timeout, op=op)
+        return await self._followed(events, op, on_stdout, on_stderr)
 
     async def connect(self, pid: int, *, on_stdout: Told | None = None, on_stderr: Told | None = None) -> Command:
         """Follows a command from now on; what it put out before is not repeated.
@@ -135,9 +122,9 @@ class Commands:
         Raises:
             NotFoundError: There is none of that id, or it ended more than half a minute ago.
         """
-        message = {"process": {"pid": pid}}
-        events = rpc.stream(self._sandbox, "process.Process/Connect", message, op="commands.connect")
-        return await self._followed(events, "commands.connect", on_stdout, on_stderr)
+        op = "commands.connect"
+        events = rpc.stream(self._sandbox, "process.Process/Connect", {"process": {"pid": pid}}, op=op)
+        return await self._followed(events, op, on_stdout, on_stderr)
 
     async def kill(self, pid: int) -> bool:
         """Kills a command and the processes of its group.
@@ -161,11 +148,11 @@ class Commands:
     async def _followed(
         self, events: AsyncGenerator[dict[str, Any], None], op: str, on_stdout: Told | None, on_stderr: Told | None
     ) -> Command:
+        first: Any = await anext(events, {})
         try:
-            first: Any = await anext(events, {})
             pid = int(first["event"]["start"]["pid"])
             return Command(self._sandbox, pid, events, op, on_stdout, on_stderr)
-        except (TypeError, KeyError) as error:
+        except (TypeError, KeyError, ValueError) as error:
             await events.aclose()
             msg = f"The answer to `{op}` does not begin with a process id. Look at what runs."
             raise ProtocolError(msg, op=op, sandbox_id=self._sandbox.id) from error

@@ -105,7 +105,7 @@ class ControlPlane:
         Raises:
             ProtocolError: The pages lead nowhere, so that some may be missing.
         """
-        params = {"state": state, "template": template} if state or template else {}
+        params: dict[str, str | None] = {"state": state, "template": template}
         if metadata:
             # The wire's own double encoding; httpx adds the third that a query needs (E2B's SDKs do the same).
             quote = urllib.parse.quote
@@ -115,15 +115,16 @@ class ControlPlane:
             params["startedAfter"] = wire.moment("list", "started_after", started_after).isoformat()
 
         wanted = {name: value for name, value in params.items() if value}
-        async for row in wire.pages(self.transport, "list", "/v2/sandboxes", wanted, SandboxInfo):
-            # Asked for already, but a server that ignores a filter must not widen what the caller acts on.
-            if (
-                state in (None, row.state)
-                and (metadata or {}).items() <= row.metadata.items()
-                and (template is None or template in (row.template_id.removesuffix(":default"), row.alias))
-                and (started_after is None or row.started_at > started_after)
-            ):
-                yield self._own(row)
+        async for rows in wire.pages(self.transport, "list", "/v2/sandboxes", wanted, SandboxInfo):
+            for row in rows:
+                # Asked for already, but a server that ignores a filter must not widen what the caller acts on.
+                if (
+                    (state is None or row.state == state)
+                    and (not metadata or metadata.items() <= row.metadata.items())
+                    and (template is None or template in (row.template_id.removesuffix(":default"), row.alias))
+                    and (started_after is None or row.started_at > started_after)
+                ):
+                    yield self._own(row)
 
     async def set_timeout(self, sandbox_id: str, timeout: int) -> None:
         """Moves the end of a running sandbox, later or earlier.
@@ -197,8 +198,9 @@ class ControlPlane:
         """
         self.dialect.require("list_snapshots")
         params = {"sandboxID": sandbox_id} if sandbox_id else {}
-        async for row in wire.pages(self.transport, "list_snapshots", "/snapshots", params, SnapshotInfo):
-            yield row
+        async for rows in wire.pages(self.transport, "list_snapshots", "/snapshots", params, SnapshotInfo):
+            for row in rows:
+                yield row
 
     async def delete_snapshot(self, snapshot_id: str) -> bool:
         """Deletes a snapshot (or whatever template has this id); sandboxes made from it live on.
@@ -230,7 +232,7 @@ class ControlPlane:
         own_id = self.dialect.sandbox_id(info.sandbox_id, info.client_id)
         if info.memory_mb:
             self._memory_mb[own_id] = info.memory_mb
-            for oldest in list(self._memory_mb)[:-KNOWN_SIZES]:
-                del self._memory_mb[oldest]
+            if len(self._memory_mb) > KNOWN_SIZES:
+                del self._memory_mb[next(iter(self._memory_mb))]
 
         return info if own_id == info.sandbox_id else info.model_copy(update={"sandbox_id": own_id})

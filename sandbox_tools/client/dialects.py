@@ -284,7 +284,8 @@ def choose(
     named, domain = api_url or environ.get(dialect.url_env), _domain(dialect, environ)
     if dialect.self_hosted and (named or domain):
         # A cluster's sandboxes live beside its API; the provider's own domain must not be sent their tokens.
-        domain = domain or _domain_of(named)
+        host = urllib.parse.urlsplit(named or "").hostname or ""
+        domain = domain or (host.removeprefix("api.") if host.startswith("api.") else None)
         if domain not in dialect.shared_domains and not isinstance(provider, Dialect):
             dialect = dialect.self_hosted
     else:
@@ -359,8 +360,3 @@ def _domain(dialect: Dialect, environ: Mapping[str, str]) -> str | None:
         return dialect.region_domain.format(region=region)
 
     return environ.get(dialect.domain_env) or None if dialect.domain_env else None
-
-
-def _domain_of(api_url: str | None) -> str | None:
-    host = urllib.parse.urlsplit(api_url or "").hostname or ""
-    return host.removeprefix("api.") if host.startswith("api.") else None

@@ -11,7 +11,7 @@ import httpx
 from pydantic import ValidationError
 
 from sandbox_tools.client.codec import decoded
-from sandbox_tools.client.transport import REQUEST_ID_HEADERS, close, may_have_happened, retry_after, translate
+from sandbox_tools.client.transport import REQUEST_ID_HEADERS, close, may_have_happened, retry_after
 from sandbox_tools.errors import (
     APIError,
     ConnectError,
@@ -105,11 +105,11 @@ async def exchange(
         if error is late or isinstance(error, ConnectError):
             raise
 
-        failed = error if isinstance(error, SandboxError) else translate(error, op=op, sandbox_id=sandbox.id)
+        failed = error if isinstance(error, SandboxError) else transport.translated(error, op, sandbox.id)
         if (found := await cut(sandbox, failed)) is error:
             raise
 
-        raise found from error
+        raise found from failed.__cause__ or error
     finally:
         if response is not None:
             await close(response)

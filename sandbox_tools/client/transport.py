@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import time
+import urllib.parse
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
-import tenacity
 from pydantic import ValidationError
 
 from sandbox_tools.client.dialects import Address
@@ -159,9 +159,10 @@ class Transport:
         repeatable = call.idempotent or IDEMPOTENCY_KEY in call.headers
         http = self._pooled if call.idempotent else self._fresh
         headers = {**call.headers, **({"X-API-KEY": self._address.api_key} if self._address.api_key else {})}
-        request = http.build_request(
-            call.method, self._address.api_url + call.path, params=call.params, json=call.body, headers=headers
-        )
+        # Encoded as httpx does it, which would take the URL apart once more.
+        query = f"?{urllib.parse.urlencode(call.params)}" if call.params else ""
+        url = self._address.api_url + call.path + query
+        request = http.build_request(call.method, url, json=call.body, headers=headers)
 
         attempts, doubt = 0, False
         failure: SandboxError | None = None
@@ -177,7 +178,7 @@ class Transport:
 
                 failure = self.refusal(response, op=call.op, sandbox_id=call.sandbox_id)
             except (httpx.HTTPError, httpx.InvalidURL) as error:
-                failure = self._translated(error, call.op, call.sandbox_id)
+                failure = self.translated(error, call.op, call.sandbox_id)
 
             # What one attempt may have done, no later one's failure undoes.
             doubt = doubt or may_have_happened(failure)
@@ -232,7 +233,7 @@ class Transport:
             try:
                 return await self._fresh.send(request, stream=True)
             except (httpx.HTTPError, httpx.InvalidURL) as error:
-                failure = self._translated(error, op, sandbox_id)
+                failure = self.translated(error, op, sandbox_id)
 
             raise failure
 
@@ -287,8 +288,8 @@ class Transport:
 
         return text[:QUOTED]
 
-    def _translated(self, error: Exception, op: str, sandbox_id: str | None) -> SandboxError:
-        # A malformed answer is quoted by the library, and then shown as the cause.
+    def translated(self, error: Exception, op: str, sandbox_id: str | None) -> SandboxError:
+        """As `translate`, with the cause, and without secrets: the library quotes a malformed answer."""
         if (said := self.quoted(str(error))) != str(error)[:QUOTED]:
             error = type(error)(said)
 
@@ -312,8 +313,10 @@ class Transport:
 
 async def close(response: httpx.Response) -> None:
     """Closes a streamed answer and its connection, also when the caller is cancelled while it does."""
-    # httpx takes locks before it closes the socket, and a cancellation there would leave both open.
-    await completed(response.aclose())
+    if response.is_closed:
+        return  # It was read to its end, which closes it.
+
+    await completed(response.aclose())  # httpx takes locks first, where a cancellation would leave both open
 
 
 async def completed(work: Coroutine[Any, Any, None]) -> None:
@@ -368,16 +371,31 @@ def _http(
 
 
 async def _repeat(once: Callable[[], Awaitable[T]], again: Callable[[BaseException], bool]) -> T:
+    try:
+        return await once()
+    except SandboxError as error:
+        if not again(error):
+            raise
+
+        failures = [error]
+
+    # Imported where something has failed: what tenacity does around a call that succeeds costs a fifth of the call.
+    import tenacity
+
+    async def next_time() -> T:
+        if failures:
+            raise failures.pop()
+
+        return await once()
+
+    jitter = tenacity.wait_random_exponential(multiplier=0.2, max=10)
     retrying = tenacity.AsyncRetrying(
         stop=tenacity.stop_after_attempt(ATTEMPTS),
-        wait=lambda state: _wait(state.outcome.exception() if state.outcome else None) + _jitter(state),
+        wait=lambda state: _wait(state.outcome.exception() if state.outcome else None) + jitter(state),
         retry=tenacity.retry_if_exception(again),
         reraise=True,
     )
-    return await retrying(once)
-
-
-_jitter = tenacity.wait_random_exponential(multiplier=0.2, max=10)
+    return await retrying(next_time)
 
 
 def _wait(error: BaseException | None) -> float:

@@ -94,6 +94,17 @@ async def test_a_shapeless_answer_is_a_protocol_error_that_shows_no_token(answer
             assert caught.value.__cause__ is None
 
 
+async def test_nulls_in_a_listing_are_as_good_as_absent_fields(server: Server) -> None:
+    """Servers written in Go send null for an empty map; the rows beside it are not worse for it."""
+    plain = {**server.row_of("i1"), "metadata": {"k": "v"}}
+    odd = {**server.row_of("i2"), "metadata": None, "cpuCount": None, "alias": None, "lifecycle": None}
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, json=[plain, odd]))
+    async with Client(provider="local", api_url="http://sandboxes", transport=transport) as client:
+        rows = [info async for info in client.list()]
+
+    assert [("i1", {"k": "v"}, 2), ("i2", {}, 0)] == [(row.sandbox_id, row.metadata, row.cpu_count) for row in rows]
+
+
 async def test_a_legacy_id_leads_back_to_its_sandbox(server: Server) -> None:
     """Where paths want the client's id too, every verb gives it, so that what a listing shows can be used."""
     paths = []

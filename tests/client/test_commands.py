@@ -316,6 +316,7 @@ async def test_a_command_whose_connection_breaks_is_not_sent_again_nor_ended(
         [HEAD, chunk(end()), DONE],
         [HEAD, chunk(said(b"a"), BEGUN, end()), DONE],
         [HEAD, chunk(event(start={}), end()), DONE],
+        [HEAD, chunk(event(start={"pid": "x"}), end()), DONE],
         [HEAD, chunk(envelope({"event": 1}), end()), DONE],
         [HEAD, chunk(BEGUN, envelope({"event": 1}), end()), DONE],
         [HEAD, chunk(BEGUN, event(data={"stdout": "?"}), end()), DONE],

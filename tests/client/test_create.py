@@ -36,6 +36,7 @@ class Service:
         self.creates: list[dict[str, Any]] = []
         self.lists = 0
         self.list_breaks = 0
+        self.conflicts = 0
         self.late: set[asyncio.Task[None]] = set()
         self.begun = asyncio.Event()
         self.go_on = asyncio.Event()
@@ -68,6 +69,9 @@ class Service:
                 self.list_breaks -= 1
                 return None
             return said(200, [self.row(sandbox_id) for sandbox_id in self.made])
+        if self.conflicts:
+            self.conflicts -= 1
+            return said(409, problem(409))
         sandbox_id = path.split("/")[-2]
         return said(200, self.grant(sandbox_id)) if sandbox_id in self.made else said(404, problem(404))
 
@@ -150,7 +154,7 @@ async def at(service: Service) -> AsyncIterator[Connect]:
     clients = []
 
     def connect(dialect: Dialect = DIALECTS["ucloud"], **more: Any) -> Client:
-        more = {"request_timeout": 2.0, **more}
+        more = {"request_timeout": 10.0, **more}
         clients.append(Client(provider=dialect, api_key="k", api_url=service.url, **more))
         return clients[-1]
 
@@ -236,7 +240,7 @@ async def test_nothing_is_created_while_it_is_not_known_what_a_key_has_made(at: 
 
 
 async def test_a_look_that_breaks_is_taken_again(at: Connect, service: Service) -> None:
-    service.faults, service.list_breaks = ["after"], 6
+    service.faults, service.list_breaks, service.conflicts = ["after"], 6, 1
 
     assert "i0" == (await at().create()).id
 
@@ -246,7 +250,7 @@ async def test_a_create_that_is_not_answered_in_time_is_looked_for_in_the_time_t
 ) -> None:
     service.faults = ["after, silent", "never"]
     client = at()
-    client._long = 2.2  # 0.2 s until it gives up, and then 2 s to look.
+    client._long, client._look = 10.2, 10.0  # 0.2 s until it gives up, and then 10 s to look.
 
     assert "i0" == (await client.create()).id
 

@@ -295,15 +295,11 @@ async def test_a_malformed_answer_that_quotes_secrets_is_not_quoted_in_turn() ->
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    async with Client(provider="e2b", api_key="s3cret", api_url=url, request_timeout=0.5) as owner:
-        for call in (
-            owner.info("i1"),
-            owner.transport.open("run_code", url, headers={"X": "s3cret"}, body={}, sandbox_id="i1"),
-        ):
-            with pytest.raises(TransportError) as caught:
-                await call
-            assert "illegal header line" in str(caught.value)
-            assert "s3cret" not in "".join(traceback.format_exception(caught.value))
+    async with Client(provider="e2b", api_key="s3cret", api_url=url) as owner:
+        with pytest.raises(TransportError) as caught:
+            await owner.info("i1")
+    assert "illegal header line" in str(caught.value)
+    assert "s3cret" not in "".join(traceback.format_exception(caught.value))
     server.close()
 
 
