@@ -66,10 +66,12 @@ class EventDecoder:
     Args:
         max_line: Bytes of one line above which it is dropped without being kept in memory. What takes its place says
             how many bytes were left out.
+        sandbox_id: For errors.
     """
 
-    def __init__(self, *, max_line: int = MAX_LINE) -> None:
+    def __init__(self, *, max_line: int = MAX_LINE, sandbox_id: str | None = None) -> None:
         self._max_line = max_line
+        self._sandbox_id = sandbox_id
         self._line = bytearray()
         self._dropped = 0
         self._head = b""
@@ -94,7 +96,7 @@ class EventDecoder:
         line, dropped = bytes(self._line), self._dropped
         self._line.clear()
         self._dropped = 0
-        event = self._placeholder(dropped) if dropped else _parse(line)
+        event = self._placeholder(dropped) if dropped else _parse(line, self._sandbox_id)
         if event is not None:
             yield event
 
@@ -129,7 +131,7 @@ class EventDecoder:
         return Result(omitted_bytes=dropped)
 
 
-def _parse(line: bytes) -> ExecutionEvent | None:
+def _parse(line: bytes, sandbox_id: str | None) -> ExecutionEvent | None:
     if not line.strip():
         return None
 
@@ -141,7 +143,7 @@ def _parse(line: bytes) -> ExecutionEvent | None:
     except (ValueError, TypeError, KeyError, RecursionError, ValidationError):
         msg = f"The sandbox sent a line of {len(line)} bytes that is not an event. Check what answers at its address."
         # Neither the line nor pydantic's error is shown: a server may quote a token.
-        raise ProtocolError(msg, op="run_code") from None
+        raise ProtocolError(msg, op="run_code", sandbox_id=sandbox_id) from None
 
 
 def _loads(data: bytes) -> Any:

@@ -108,8 +108,9 @@ class Commands:
             msg = f"`timeout` is {timeout!r}. Pass a positive number of seconds, or None for no limit."
             raise ConfigError(msg, op="commands.run", sandbox_id=self._sandbox.id)
 
-        process = {"cmd": "/bin/bash", "args": ["-l", "-c", cmd], "envs": dict(env or {})}
-        message = {"process": process if cwd is None else {**process, "cwd": cwd}, "stdin": stdin}
+        process: dict[str, Any] = {"cmd": "/bin/bash", "args": ["-l", "-c", cmd]}
+        process |= {name: value for name, value in (("envs", dict(env or {})), ("cwd", cwd)) if value}
+        message = {"process": process, "stdin": stdin}
         op = "commands.run"
         events = rpc.stream(self._sandbox, "process.Process/Start", message, user=user, timeout=timeout, op=op)
         return await self._followed(events, op, on_stdout, on_stderr)

@@ -142,7 +142,12 @@ class ControlPlane:
             wire.done(response, "set_timeout", sandbox_id)
         except NotFoundError as error:
             # The wire says 404 for a paused one too, and a caller who believed that would start anew.
-            if (await self.info(sandbox_id)).state != "paused":
+            try:
+                state = (await self.info(sandbox_id)).state
+            except NotFoundError:
+                raise error from None
+
+            if state != "paused":
                 raise
 
             msg = f"`set_timeout` needs a running sandbox, and {sandbox_id!r} is paused. Connect to it first."
@@ -178,6 +183,9 @@ class ControlPlane:
             NotFoundError: The sandbox is gone.
             ConflictError: It is paused.
         """
+        if name:
+            self.dialect.require("snapshot(name)")
+
         more: dict[str, Any] = {"body": {"name": name} if name else {}, "idempotent": False, "deadline": LONG_REQUEST}
         response = await self._send("snapshot", "POST", "/sandboxes/{id}/snapshots", sandbox_id, **more)
         return wire.parsed(SnapshotInfo, response, "snapshot", sandbox_id)
@@ -200,11 +208,12 @@ class ControlPlane:
         Returns:
             True: deleted. False: there was none (or an attempt whose answer was lost had deleted it).
         """
-        return await self._delete("delete_snapshot", "/templates/{id}", snapshot_id)
+        path = f"/templates/{wire.path_part('delete_snapshot', snapshot_id)}"
+        return await self._delete("delete_snapshot", path)
 
-    async def _delete(self, op: str, path: str, identifier: str) -> bool:
+    async def _delete(self, op: str, path: str, sandbox_id: str | None = None) -> bool:
         try:
-            wire.done(await self._send(op, "DELETE", path, identifier), op, identifier)
+            wire.done(await self._send(op, "DELETE", path, sandbox_id), op, sandbox_id)
         except NotFoundError:
             return False
 

@@ -199,7 +199,7 @@ def _ppio(name: str, domain: str, *, legacy: str) -> Dialect:
         sandbox_url_env=f"{name.upper()}_SANDBOX_URL",
         domain_env=f"{name.upper()}_DOMAIN",
         default_domain=domain,
-        lacks=frozenset({"pause(memory=False)"}),
+        lacks=frozenset({"pause(memory=False)", "snapshot(name)"}),
         fork_path="/sandboxes/{id}/clone",
         fork_with={"strict": False},
         id_header=f"{name}-Sandbox-Id",

@@ -11,7 +11,7 @@ import httpx
 from pydantic import ValidationError
 
 from sandbox_tools.client.codec import decoded
-from sandbox_tools.client.transport import may_have_happened, retry_after
+from sandbox_tools.client.transport import REQUEST_ID_HEADERS, may_have_happened, retry_after
 from sandbox_tools.errors import (
     APIError,
     ConnectError,
@@ -208,7 +208,13 @@ def refusal(
     wait = retry_after(response.headers.get("retry-after"))
     slug = said.get("error_code")
     error = error_for_status(status)(
-        msg, status_code=status, error_code=slug, retry_after=wait, op=op, sandbox_id=sandbox.id
+        msg,
+        status_code=status,
+        error_code=slug,
+        request_id=next((response.headers[name] for name in REQUEST_ID_HEADERS if name in response.headers), None),
+        retry_after=wait,
+        op=op,
+        sandbox_id=sandbox.id,
     )
     if may_have_happened(error):
         error.retryable = None  # a 503 of something in between, behind which the code may have run

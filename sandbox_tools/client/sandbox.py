@@ -145,7 +145,7 @@ class Sandbox:
             raise ConfigError(msg, op="run_code", sandbox_id=self.id)
 
         body = {"code": code, "context_id": context, "language": language, "env_vars": dict(env) if env else None}
-        decoder = EventDecoder()
+        decoder = EventDecoder(sandbox_id=self.id)
         chunks = exchange(
             self,
             "run_code",

@@ -257,6 +257,9 @@ class Transport:
             body = ErrorBody(code=status, message=response.text)
 
         advice = _ADVICE.get(status, "Try again later." if status >= 500 else "Check the arguments.")
+        if status == 404 and sandbox_id is None:
+            advice = "Check the template or id that it was given."
+
         msg = f"`{op}` was refused with status {status}: {self.quoted(body.message)!r}. {advice}"
         request_id = next((response.headers[name] for name in REQUEST_ID_HEADERS if name in response.headers), None)
         return error_for_status(status)(
