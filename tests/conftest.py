@@ -80,5 +80,5 @@ def own_engine(templates: Path) -> Iterator[EngineProcess]:
 def _no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reaches for a cloud because somebody's key is in the environment."""
     for name in list(os.environ):
-        if name.startswith(("E2B_", "PPIO_", "UCLOUD_", "AGENTBOX_", "SANDBOX_TOOLS_API")):
+        if name.startswith(("E2B_", "PPIO_", "NOVITA_", "UCLOUD_", "AGENTBOX_", "SANDBOX_TOOLS_API")):
             monkeypatch.delenv(name)
