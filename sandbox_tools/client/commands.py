@@ -15,7 +15,8 @@ from pydantic import TypeAdapter
 
 from sandbox_tools.client import rpc
 from sandbox_tools.client.codec import ExecutionCollector
-from sandbox_tools.client.exchange import completed, parsed
+from sandbox_tools.client.exchange import parsed
+from sandbox_tools.client.sockets import completed
 from sandbox_tools.errors import (
     ConfigError,
     ExecutionTimeoutError,

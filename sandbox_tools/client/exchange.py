@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -11,6 +11,7 @@ import httpx
 from pydantic import ValidationError
 
 from sandbox_tools.client.codec import decoded
+from sandbox_tools.client.sockets import Sockets, close
 from sandbox_tools.client.transport import REQUEST_ID_HEADERS, may_have_happened, retry_after
 from sandbox_tools.errors import (
     APIError,
@@ -82,12 +83,7 @@ async def exchange(
     url, own = sandbox._at(port)
     transport, headers = sandbox._client.transport, {**own, **(headers or {})}
     response: httpx.Response | None = None
-    sockets: list[Any] = []
-
-    async def trace(event: str, info: Mapping[str, Any]) -> None:
-        if event.endswith(("connect_tcp.complete", "connect_unix_socket.complete", "start_tls.complete")):
-            sockets.append(info["return_value"])
-
+    sockets = Sockets()
     try:
         # The limit is around each wait, not around a `yield`: it must not cancel the consumer's own code.
         async with asyncio.timeout_at(end) as limit:
@@ -97,7 +93,7 @@ async def exchange(
                 url + path,
                 headers=headers,
                 sandbox_id=sandbox.id,
-                extensions={"trace": trace},
+                extensions=sockets.extensions,
                 **content,
             )
             if not response.is_success:
@@ -109,7 +105,7 @@ async def exchange(
                 chunk = await anext(chunks, None)
 
             if chunk is None:
-                sockets.clear()
+                sockets.forget()
                 return
 
             yield chunk
@@ -129,11 +125,7 @@ async def exchange(
         if response is not None:
             await close(response)
 
-        # httpcore forgets a connection that it was cancelled at while it took one of its locks (1.0: just connected,
-        # or while it closed the answer).
-        for socket in sockets:
-            with suppress(Exception):
-                await completed(socket.aclose())
+        await sockets.aclose()
 
 
 async def ask(
@@ -251,24 +243,6 @@ async def cut(sandbox: Sandbox, error: SandboxError) -> SandboxError:
         return SandboxStateError(msg, op=error.op, sandbox_id=sandbox.id)
 
     return error
-
-
-async def close(response: httpx.Response) -> None:
-    """Closes a streamed answer and its connection, also when the caller is cancelled while it does."""
-    if response.is_closed:
-        return  # It was read to its end, which closes it.
-
-    await completed(response.aclose())  # httpx takes locks first, where a cancellation would leave both open
-
-
-async def completed(work: Coroutine[Any, Any, None]) -> None:
-    """Awaits what must come to its end, and only then lets a cancellation of the caller through."""
-    task = asyncio.create_task(work)
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await task
-        raise
 
 
 async def _beginning(response: httpx.Response) -> bytes:

@@ -14,8 +14,9 @@ from pydantic import BaseModel, TypeAdapter
 from sandbox_tools.client import sentinel
 from sandbox_tools.client.codec import EventDecoder, ExecutionCollector
 from sandbox_tools.client.commands import Commands
-from sandbox_tools.client.exchange import ask, close, cut, exchange, parsed
+from sandbox_tools.client.exchange import ask, cut, exchange, parsed
 from sandbox_tools.client.files import Files
+from sandbox_tools.client.sockets import close
 from sandbox_tools.client.wire import path_part
 from sandbox_tools.errors import (
     ConfigError,

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from sandbox_tools.client.dialects import Address
 from sandbox_tools.client.local import LocalEngine
+from sandbox_tools.client.sockets import whole
 from sandbox_tools.errors import (
     APIError,
     CapacityError,
@@ -147,8 +148,6 @@ class Transport:
     async def send(self, call: Call) -> httpx.Response:
         """Sends one call to the control plane, repeats it where that is safe, and gives the 2xx answer.
 
-        Its `extensions["attempts"]` says how often the call was sent.
-
         Its `extensions["attempts"]` says how often it was sent.
 
         Raises:
@@ -171,7 +170,7 @@ class Transport:
             nonlocal attempts, doubt, failure
             attempts, failure = attempts + 1, None
             try:
-                response = await http.send(request)
+                response = await whole(http, request)
                 if response.is_success:
                     response.extensions["attempts"] = attempts
                     return response

@@ -399,17 +399,26 @@ async def test_envd_is_reached_at_each_providers_own_address(
     assert ENVD_PORT == 49983
 
 
-@pytest.mark.parametrize("verb", ["call", "command", "background", "read", "write", "code"])
+VERBS = ["call", "command", "background", "read", "write", "code", "info", "connect", "create", "list"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
 async def test_cancelled_at_any_step_of_the_loop_a_verb_leaves_nothing(
     both: tuple[Loopback, Sandbox], verb: str
 ) -> None:
     loopback, sandbox = both
+    client = sandbox._client
     begun, ended = envelope({"event": {"start": {"pid": 7}}}), envelope({"event": {"end": {"exited": True}}})
     loopback.on(f"/{START}", [HEAD, chunk(begun), chunk(ended), chunk(end()), DONE])
     loopback.on("/process.Process/SendSignal", [plain({})])
     loopback.on(f"/{STAT}", [plain({})])
     loopback.on("/execute", [HEAD, chunk(b'{"type": "end_of_execution"}\n'), DONE])
     loopback.on("/files", [plain([{"path": "/f", "name": "f"}])])
+    loopback.on("/v2/sandboxes", [plain(Server().grant("i1"))])
+
+    async def rows() -> list[SandboxInfo]:
+        loopback.on("/v2/sandboxes", [plain([Server().row_of("i1")])])
+        return [row async for row in client.list()]
 
     async def pieces() -> AsyncIterator[bytes]:
         yield b"a"
@@ -427,6 +436,10 @@ async def test_cancelled_at_any_step_of_the_loop_a_verb_leaves_nothing(
         "code": lambda: sandbox.run_code("1"),
         "read": lambda: sandbox.files.read("f"),
         "write": lambda: sandbox.files.write("f", pieces()),
+        "info": lambda: client.info("i1"),
+        "connect": lambda: client.connect("i1"),
+        "create": client.create,
+        "list": rows,
     }
     await verbs[verb]()
 
