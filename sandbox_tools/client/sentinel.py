@@ -8,9 +8,9 @@ import re
 import time
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 
-from sandbox_tools.client.exchange import ask
+from sandbox_tools.client.exchange import ask, parsed
 from sandbox_tools.errors import NotFoundError, SandboxError, StateLostError
 from sandbox_tools.models import ENVD_PORT
 
@@ -26,6 +26,8 @@ come back with the memory. No kernel, process or namespace of the user's holds i
 # Not the user's: in a directory that all may write to, Linux lets nobody write to another's file, nor remove it
 # (proc(5), `protected_regular`), and files in `/dev/shm` that are a user's go when that user logs out (logind.conf(5)).
 OWNER = "root"
+
+_WRITTEN = TypeAdapter(list[dict[str, object]])
 
 LIMIT = 5.0
 """Seconds that planting or checking may take; a sandbox that is slower than that is paused or resumed unverified."""
@@ -65,7 +67,8 @@ async def plant(sandbox: Sandbox, *, memory: bool = True) -> Sentinel | None:
     files = [("file", (path, fresh.text().encode())) for path in PLACES.values()]
     try:
         params = {"username": OWNER}
-        await ask(sandbox, "pause", "POST", ENVD_PORT, "/files", params=params, files=files, timeout=LIMIT)
+        answer = await ask(sandbox, "pause", "POST", ENVD_PORT, "/files", params=params, files=files, timeout=LIMIT)
+        parsed(sandbox, "pause", _WRITTEN.validate_json, answer)  # the login page of a network has written nothing
     except SandboxError as error:
         log.info("%s is paused without a sentinel: %s", sandbox.id, error)
         return before.model_copy(update={"memory": memory and before.memory}) if before else None
@@ -97,7 +100,13 @@ async def _read(sandbox: Sandbox, path: str) -> str | None:
     try:
         params = {"path": path, "username": OWNER}
         answer = await ask(sandbox, "resume", "GET", ENVD_PORT, "/files", params=params, idempotent=True, timeout=LIMIT)
-        return answer.decode(errors="replace")
+        text = answer.decode(errors="replace")
+        if not text.lstrip().startswith("<"):
+            return text
+
+        # A page of something in between: it says nothing about the sandbox.
+        log.warning("%s is resumed unverified: a page of HTML came in place of its mark", sandbox.id)
+        return None
     except NotFoundError:
         return ""
     except SandboxError as error:

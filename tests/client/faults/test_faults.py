@@ -113,15 +113,16 @@ async def test_through_a_bad_network_nothing_is_done_twice_lost_or_left_over(eng
     assert {verb for verb, _ in workload.outcomes} >= {"create", "run_code", "pause", "connect", "kill", "list"}
 
 
+@pytest.mark.soak
 async def test_a_client_that_repeats_whatever_failed_is_found_out(
     engine: TcpEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the other tests here look for can be seen by them."""
     repeat = transport._repeat
     monkeypatch.setattr(transport, "_repeat", lambda once, again: repeat(once, lambda error: True))
-    workload = await survive(engine, Schedule(4, quiet=10), operations=40, tasks=4)
+    workload = await survive(engine, Schedule(4, quiet=40), operations=80, tasks=4)
 
-    assert [wrong for wrong in workload.wrong if wrong.startswith("Sent ")]
+    assert [wrong for wrong in workload.wrong if wrong.startswith("Sent ")], workload.table()
 
 
 @pytest.mark.soak

@@ -423,7 +423,7 @@ class Workload:
                 self._is_wrong(f"kill says it killed {box.id}, which was gone")
             if not loose and outcome.value is False and "gone" not in box.states and not lost:
                 self._is_wrong(f"kill says there was no {box.id}, which was {box.states}: {outcome}")
-            box.states = {"gone"}
+            box.states = box.states if loose else {"gone"}
             if [row async for row in self._clean.list(metadata={STAMP: box.stamp})]:
                 self._is_wrong(f"kill came to {outcome.value}, and {box.id} is still there: {outcome}")
         else:
