@@ -18,8 +18,9 @@ from sandbox_tools.client import wire
 from sandbox_tools.client.control import ControlPlane
 from sandbox_tools.client.dialects import Dialect, choose
 from sandbox_tools.client.local import LocalEngine
+from sandbox_tools.client.retries import may_have_happened
 from sandbox_tools.client.sandbox import Sandbox
-from sandbox_tools.client.transport import IDEMPOTENCY_KEY, LONG_REQUEST, Transport, may_have_happened
+from sandbox_tools.client.transport import IDEMPOTENCY_KEY, LONG_REQUEST, Transport
 from sandbox_tools.errors import (
     APIError,
     ConfigError,

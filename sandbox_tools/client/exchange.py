@@ -11,8 +11,9 @@ import httpx
 from pydantic import ValidationError
 
 from sandbox_tools.client.codec import decoded
+from sandbox_tools.client.retries import may_have_happened, retry_after
 from sandbox_tools.client.sockets import Sockets, close
-from sandbox_tools.client.transport import REQUEST_ID_HEADERS, may_have_happened, retry_after
+from sandbox_tools.client.transport import REQUEST_ID_HEADERS
 from sandbox_tools.errors import (
     APIError,
     ConnectError,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import email.utils
 import time
 import urllib.parse
 from collections.abc import Awaitable, Callable, Mapping
@@ -16,17 +15,21 @@ from pydantic import ValidationError
 
 from sandbox_tools.client.dialects import Address
 from sandbox_tools.client.local import LocalEngine
+from sandbox_tools.client.retries import (
+    certainly_not_done,
+    may_have_happened,
+    repeat,
+    retry_after,
+    safe_to_repeat,
+    wait,
+)
 from sandbox_tools.client.sockets import whole
 from sandbox_tools.errors import (
-    APIError,
-    CapacityError,
     ConfigError,
     ConnectError,
     ProtocolError,
-    RateLimitError,
     RequestTimeoutError,
     SandboxError,
-    ServerError,
     TransportError,
     error_for_status,
 )
@@ -39,8 +42,6 @@ LONG_REQUEST = 600.0
 
 CONNECT_TIMEOUT = 10.0
 """Seconds to establish one connection."""
-
-ATTEMPTS = 4
 
 SECRETS = 4096
 """How many tokens are remembered, to keep them out of messages; the oldest are forgotten first."""
@@ -158,11 +159,10 @@ class Transport:
         repeatable = call.idempotent or IDEMPOTENCY_KEY in call.headers
         http = self._pooled if call.idempotent else self._fresh
         headers = {**call.headers, **({"X-API-KEY": self._address.api_key} if self._address.api_key else {})}
-        # Encoded as httpx does it, which would take the URL apart once more.
-        query = f"?{urllib.parse.urlencode(call.params)}" if call.params else ""
-        url = self._address.api_url + call.path + query
+        url = self._address.api_url + call.path
+        if call.params:  # Encoded as httpx does it, which would take the URL apart once more.
+            url += f"?{urllib.parse.urlencode(call.params)}"
         request = http.build_request(call.method, url, json=call.body, headers=headers)
-
         attempts, doubt = 0, False
         failure: SandboxError | None = None
 
@@ -188,10 +188,10 @@ class Transport:
 
         async def repeated() -> httpx.Response:
             end = time.monotonic() + seconds
-            again = _safe_to_repeat if repeatable else _certainly_not_done
+            again = safe_to_repeat if repeatable else certainly_not_done
             try:
                 async with asyncio.timeout(seconds) as limit:
-                    return await _repeat(once, lambda error: again(error) and time.monotonic() + _wait(error) < end)
+                    return await repeat(once, lambda error: again(error) and time.monotonic() + wait(error) < end)
             except TimeoutError as error:
                 if not limit.expired():
                     raise
@@ -235,8 +235,8 @@ class Transport:
 
             raise failure
 
-        again = _safe_to_repeat if idempotent else lambda error: isinstance(error, ConnectError)
-        return await self._with_engine(lambda: _repeat(once, again))
+        again = safe_to_repeat if idempotent else lambda error: isinstance(error, ConnectError)
+        return await self._with_engine(lambda: repeat(once, again))
 
     def refusal(self, response: httpx.Response, *, op: str, sandbox_id: str | None) -> SandboxError:
         """The error for an answer of the control plane that is not 2xx."""
@@ -316,22 +316,6 @@ def translate(error: Exception, *, op: str, sandbox_id: str | None) -> SandboxEr
     return cls(f"`{op}` failed: {type(error).__name__}{detail}. {_FATES[cls]}", op=op, sandbox_id=sandbox_id)
 
 
-def retry_after(value: str | None) -> float | None:
-    """Seconds that a `Retry-After` header asks for, as a number or as a date (RFC 9110, 10.2.3)."""
-    if value is None:
-        return None
-
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
-
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
-        return None
-
-
 def _http(
     socket: Path | None, inner: httpx.AsyncBaseTransport | None, verify: Any, proxies: bool, *, kept: int
 ) -> httpx.AsyncClient:
@@ -348,55 +332,3 @@ def _http(
         trust_env=proxies,
         headers={"User-Agent": "sandbox-tools"},
     )
-
-
-async def _repeat(once: Callable[[], Awaitable[T]], again: Callable[[BaseException], bool]) -> T:
-    try:
-        return await once()
-    except SandboxError as error:
-        if not again(error):
-            raise
-
-        failures = [error]
-
-    # Imported where something has failed: what tenacity does around a call that succeeds costs a fifth of the call.
-    import tenacity
-
-    async def next_time() -> T:
-        if failures:
-            raise failures.pop()
-
-        return await once()
-
-    jitter = tenacity.wait_random_exponential(multiplier=0.2, max=10)
-    retrying = tenacity.AsyncRetrying(
-        stop=tenacity.stop_after_attempt(ATTEMPTS),
-        wait=lambda state: _wait(state.outcome.exception() if state.outcome else None) + jitter(state),
-        retry=tenacity.retry_if_exception(again),
-        reraise=True,
-    )
-    return await retrying(next_time)
-
-
-def _wait(error: BaseException | None) -> float:
-    return (error.retry_after or 0.0) if isinstance(error, APIError) else 0.0
-
-
-def _safe_to_repeat(error: BaseException) -> bool:
-    if isinstance(error, APIError):
-        # The last word on it is the server's `Should-Retry`, where it has one.
-        return bool(error.retryable) or (error.retryable is None and error.status_code in (502, 504))
-
-    # A broken connection leaves open whether it happened, which does not matter to what may be done twice.
-    return isinstance(error, ConnectError) or type(error) is TransportError
-
-
-def may_have_happened(error: BaseException) -> bool:
-    """Whether the call may have had an effect although it failed."""
-    unsure = isinstance(error, (TransportError, ServerError)) and not isinstance(error, ConnectError)
-    return unsure and getattr(error, "error_code", None) != "sandbox_capacity_unavailable"
-
-
-def _certainly_not_done(error: BaseException) -> bool:
-    refused = isinstance(error, (ConnectError, RateLimitError, CapacityError)) and bool(error.retryable)
-    return refused and not may_have_happened(error)

@@ -34,7 +34,7 @@ from sandbox_tools.errors import (
     ServerError,
     TransportError,
 )
-from sandbox_tools.models import ENVD_PORT
+from sandbox_tools.models import ENVD_PORT, SandboxInfo
 from tests.client.conftest import Server
 from tests.client.loopback import ABORT, DONE, HANG, HEAD, Loopback, chunk, end, envelope, nothing_left, plain, reaching
 

@@ -10,7 +10,8 @@ import httpx
 import pytest
 
 from sandbox_tools.client import Client
-from sandbox_tools.client.transport import QUOTED, Call, Transport, retry_after, translate
+from sandbox_tools.client.retries import retry_after
+from sandbox_tools.client.transport import QUOTED, Call, Transport, translate
 from sandbox_tools.errors import (
     APIError,
     AuthenticationError,

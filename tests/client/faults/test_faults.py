@@ -118,8 +118,8 @@ async def test_a_client_that_repeats_whatever_failed_is_found_out(
     engine: TcpEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the other tests here look for can be seen by them."""
-    repeat = transport._repeat
-    monkeypatch.setattr(transport, "_repeat", lambda once, again: repeat(once, lambda error: True))
+    repeat = transport.repeat
+    monkeypatch.setattr(transport, "repeat", lambda once, again: repeat(once, lambda error: True))
     workload = await survive(engine, Schedule(4, quiet=40), operations=80, tasks=4)
 
     assert [wrong for wrong in workload.wrong if wrong.startswith("Sent ")], workload.table()
