@@ -13,7 +13,6 @@ from pydantic import ValidationError
 from sandbox_tools.client.codec import decoded
 from sandbox_tools.client.retries import may_have_happened, retry_after
 from sandbox_tools.client.sockets import Sockets, close
-from sandbox_tools.client.transport import REQUEST_ID_HEADERS
 from sandbox_tools.errors import (
     APIError,
     ConnectError,
@@ -203,8 +202,8 @@ def refusal(
     error = error_for_status(status)(
         msg,
         status_code=status,
-        error_code=slug,
-        request_id=next((response.headers[name] for name in REQUEST_ID_HEADERS if name in response.headers), None),
+        error_code=sandbox._client.transport.quoted(slug) if isinstance(slug, str) else None,
+        request_id=sandbox._client.transport.request_id(response),
         retry_after=wait,
         op=op,
         sandbox_id=sandbox.id,
@@ -218,7 +217,8 @@ def refusal(
 def failure(sandbox: Sandbox, op: str, said: Any, late: SandboxError | None) -> SandboxError:
     """What Connect's error means."""
     said = said if isinstance(said, dict) else {"message": said}
-    code, text = str(said.get("code")), sandbox._client.transport.quoted(str(said.get("message", "")))
+    quoted = sandbox._client.transport.quoted
+    code, text = quoted(str(said.get("code"))), quoted(str(said.get("message", "")))
     if code == "deadline_exceeded" and late is not None:
         return late
 

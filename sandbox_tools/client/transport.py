@@ -260,12 +260,11 @@ class Transport:
             advice = "Check the template or id that it was given."
 
         msg = f"`{op}` was refused with status {status}: {self.quoted(body.message)!r}. {advice}"
-        request_id = next((response.headers[name] for name in REQUEST_ID_HEADERS if name in response.headers), None)
         return error_for_status(status)(
             msg,
             status_code=status,
             error_code=self.quoted(body.error_code) if body.error_code else None,
-            request_id=self.quoted(request_id) if request_id else None,
+            request_id=self.request_id(response),
             retry_after=retry_after(response.headers.get("retry-after")),
             op=op,
             sandbox_id=sandbox_id,
@@ -285,6 +284,11 @@ class Transport:
             text = text.replace(secret, "***")
 
         return text[:QUOTED]
+
+    def request_id(self, response: httpx.Response) -> str | None:
+        """What the server calls the request in its logs."""
+        named = next((response.headers[name] for name in REQUEST_ID_HEADERS if name in response.headers), None)
+        return self.quoted(named) if named else None
 
     def translated(self, error: Exception, op: str, sandbox_id: str | None) -> SandboxError:
         """As `translate`, with the cause, and without secrets: the library quotes a malformed answer."""
