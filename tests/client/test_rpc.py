@@ -36,7 +36,20 @@ from sandbox_tools.errors import (
 )
 from sandbox_tools.models import ENVD_PORT, SandboxInfo
 from tests.client.conftest import Server
-from tests.client.loopback import ABORT, DONE, HANG, HEAD, Loopback, chunk, end, envelope, nothing_left, plain, reaching
+from tests.client.loopback import (
+    ABORT,
+    DONE,
+    HANG,
+    HEAD,
+    Loopback,
+    chunk,
+    descriptors,
+    end,
+    envelope,
+    nothing_left,
+    plain,
+    reaching,
+)
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(),
@@ -442,9 +455,11 @@ async def test_cancelled_at_any_step_of_the_loop_a_verb_leaves_nothing(
         "list": rows,
     }
     await verbs[verb]()
+    kept = client.transport._pooled._transport
+    await kept.aclose()
 
     async with nothing_left():
-        cancelled = 0
+        cancelled, fds = 0, descriptors()
         for steps in range(2000):
             task = asyncio.create_task(verbs[verb]())
             for _ in range(steps):
@@ -456,4 +471,8 @@ async def test_cancelled_at_any_step_of_the_loop_a_verb_leaves_nothing(
             cancelled += task.cancelled()
             assert task.cancelled() or task.exception() is None
         await task
+        async with asyncio.timeout(10):
+            while descriptors() > fds + 2:  # One connection is kept for the next call; both its ends are here.
+                await asyncio.sleep(0.01)
+        await kept.aclose()
     assert cancelled > 10
