@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import secrets
 import signal
@@ -34,6 +35,9 @@ TICK = 0.25
 Waits are counted in ticks, never measured against a clock: a sandbox may sleep for days between two lines of this
 file, and a deadline set before would be over when it wakes. A nap costs one tick at most.
 """
+
+UNANSWERED = int(5 / TICK)
+"""Ticks after which a kernel that says it is idle has no reply to give: it sends that first."""
 
 START_TICKS = 480
 """How long a kernel may take to answer for the first time."""
@@ -190,12 +194,16 @@ class Kernel:
         """Waits until the request under way is over; returns and raises as `request` does."""
         while True:
             if self._idle and self._reply is None:
-                message = await self._next(self._shell)
-                if message.parent == self._request:
+                message = await self._next(self._shell, UNANSWERED)
+                if message is None:
+                    # ipykernel is interrupted between the end of the code and its reply as well: then there is none.
+                    self._reply = {"status": "error", "ename": "KeyboardInterrupt", "evalue": ""}
+                elif message.parent == self._request:
                     self._reply = message.content
             # Code that failed may not have come to its fence.
             elif not self._idle or (self._fence and self._reply and self._reply["status"] == "ok"):
-                await self._heed(await self._next(self._iopub), deliver)
+                if news := await self._next(self._iopub):
+                    await self._heed(news, deliver)
             else:
                 self._request = None
                 assert self._reply is not None
@@ -282,18 +290,21 @@ class Kernel:
             msg = f"its preparation failed: {reply.get('ename')}: {reply.get('evalue')}"
             raise KernelDiedError(msg)
 
-    async def _next(self, channel: Channel) -> Message:
+    async def _next(self, channel: Channel, ticks: float = math.inf) -> Message | None:
+        """The next message. None: there was none for so many ticks."""
         dead = False
-        while True:
+        while ticks > 0:
             message = await channel.receive(TICK)
             if message:
                 return message
 
+            ticks -= 1
             # What it sent before it died may have come in since; so look once more.
             if dead:
                 self._request = None
                 raise self.died
             dead = self.exit_code is not None
+        return None
 
     def _read_stderr(self) -> None:
         with contextlib.suppress(BlockingIOError):

@@ -62,6 +62,29 @@ async def test_code_that_awaits_is_interrupted_too(guest: Guest) -> None:
     assert await guest.value("kept") == "6"
 
 
+INTERRUPTED_BEFORE_ITS_REPLY = """
+kept = 7
+session = get_ipython().kernel.session
+send = session.send
+
+def interrupted(stream, kind, *arguments, **more):
+    if kind != "execute_reply":
+        return send(stream, kind, *arguments, **more)
+    session.send = send
+    raise KeyboardInterrupt
+
+session.send = interrupted
+"""
+
+
+async def test_an_interrupt_that_costs_a_kernel_its_reply_costs_nobody_the_variables(guest: Guest) -> None:
+    """SIGINT may come when the code is over already, while the kernel has its answer in hand."""
+    events = await guest.run(INTERRUPTED_BEFORE_ITS_REPLY)
+
+    assert [event["name"] for event in of_type(events, "error")] == ["KeyboardInterrupt"]
+    assert await guest.value("kept") == "7"
+
+
 async def test_leaving_before_the_turn_comes_means_that_the_code_never_runs(guest: Guest) -> None:
     gate = "import pathlib, time\nprint('in', flush=True)\nwhile not pathlib.Path('turn').exists(): time.sleep(0.01)"
     async with guest.stream(gate) as first:
