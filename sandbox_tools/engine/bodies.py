@@ -301,12 +301,3 @@ class LogsV2(Wire):
     """The answer of `GET /v2/sandboxes/{id}/logs`."""
 
     logs: list[LogEntry]
-
-
-class SnapshotInfo(Wire):
-    """One snapshot."""
-
-    snapshot_id: Annotated[str, Field(alias="snapshotID")]
-    names: list[str]
-    size_bytes: int
-    """On disk."""

@@ -14,7 +14,6 @@ from sandbox_tools.engine.bodies import (
     Refresh,
     Reset,
     SetTimeout,
-    SnapshotInfo,
     TakeSnapshot,
 )
 from sandbox_tools.engine.lifecycle import Entry
@@ -23,7 +22,7 @@ from sandbox_tools.engine.records import new_token
 from sandbox_tools.engine.reports import shown
 from sandbox_tools.engine.saved import normalised
 from sandbox_tools.engine.unsupported import refuse
-from sandbox_tools.models import CloneResult, ForkResult, SandboxGrant
+from sandbox_tools.models import CloneResult, ForkResult, SandboxGrant, SnapshotInfo
 
 
 async def create(call: Call) -> Answer:

@@ -59,7 +59,7 @@ class _Exchange:
         self._scope = scope
         self._receive = receive
         self._send = send
-        self._names = {name: value for name, value in headers}
+        self._names = dict(headers)
         bodiless = self._names.get(b"content-length", b"0") == b"0" and b"transfer-encoding" not in self._names
         self.repeatable: bool = scope["method"] == "GET" and bodiless
         """Whether it may be sent on a connection that may turn out to be closed, and then again on another one: what

@@ -7,7 +7,6 @@ twice does no harm: its server may close it in the very moment in which the next
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,11 +27,11 @@ class Kept:
     """Those of one sandbox."""
 
     def __init__(self) -> None:
-        self._streams: defaultdict[int, dict[Stream, asyncio.TimerHandle]] = defaultdict(dict)
+        self._streams: dict[int, dict[Stream, asyncio.TimerHandle]] = {}
 
     def take(self, port: int) -> Stream | None:
         """The one that was used last, if it still stands as far as is known here."""
-        streams = self._streams[port]
+        streams = self._streams.get(port)
         while streams:
             stream, timer = streams.popitem()
             timer.cancel()
@@ -43,7 +42,7 @@ class Kept:
 
     def keep(self, stream: Stream) -> None:
         """Keep one that has brought a whole answer; or end it, if its server has ended it or says more than that."""
-        streams = self._streams[stream.port]
+        streams = self._streams.setdefault(stream.port, {})
         if stream.readable or len(streams) == MOST:
             part(stream)
         else:

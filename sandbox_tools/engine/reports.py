@@ -19,7 +19,6 @@ from sandbox_tools.engine.bodies import (
     ManyMetricsQuery,
     Metric,
     MetricsQuery,
-    SnapshotInfo,
     SnapshotsQuery,
 )
 from sandbox_tools.engine.journal import LEVELS, Line
@@ -30,7 +29,7 @@ from sandbox_tools.engine.operations import Answer, Call, Operation
 from sandbox_tools.engine.saved import Snapshot, normalised
 from sandbox_tools.engine.supervisor import Supervisor
 from sandbox_tools.errors import ConfigError, NotFoundError
-from sandbox_tools.models import SandboxInfo
+from sandbox_tools.models import SandboxInfo, SnapshotInfo
 
 _MOST_IDS = 100
 
