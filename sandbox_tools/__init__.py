@@ -12,9 +12,14 @@ if TYPE_CHECKING:
     from sandbox_tools.policy.pause import Never, PauseAfter
     from sandbox_tools.session.session import PausedSandbox, Session
     from sandbox_tools.session.sessions import Sessions
-    from sandbox_tools.tools.langchain import SandboxCallback, SandboxToolkit
+    from sandbox_tools.tools.artifacts import Artifacts
+    from sandbox_tools.tools.callback import SandboxCallback
+    from sandbox_tools.tools.langchain import SandboxToolkit
+    from sandbox_tools.tools.middleware import SandboxMiddleware, approvals
+    from sandbox_tools.tools.owners import configured, server_user
 
 __all__ = [
+    "Artifacts",
     "Client",
     "Execution",
     "Never",
@@ -24,9 +29,13 @@ __all__ = [
     "SandboxCallback",
     "SandboxError",
     "SandboxInfo",
+    "SandboxMiddleware",
     "SandboxToolkit",
     "Session",
     "Sessions",
+    "approvals",
+    "configured",
+    "server_user",
 ]
 
 _HOMES = {
@@ -36,7 +45,11 @@ _HOMES = {
     "policy.pause": ("Never", "PauseAfter"),
     "session.session": ("PausedSandbox", "Session"),
     "session.sessions": ("Sessions",),
-    "tools.langchain": ("SandboxCallback", "SandboxToolkit"),
+    "tools.artifacts": ("Artifacts",),
+    "tools.callback": ("SandboxCallback",),
+    "tools.langchain": ("SandboxToolkit",),
+    "tools.middleware": ("SandboxMiddleware", "approvals"),
+    "tools.owners": ("configured", "server_user"),
 }
 
 

@@ -1,66 +1,125 @@
-"""The catalogue as LangChain tools, and the callback that notices when a turn has ended."""
+"""The catalogue as LangChain tools."""
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
-from uuid import UUID
 
-from langchain_core.callbacks import AsyncCallbackHandler, adispatch_custom_event
+from langchain_core.callbacks import adispatch_custom_event
 from langchain_core.runnables import RunnableConfig
 from langchain_core.tools import BaseTool, BaseToolkit, StructuredTool, ToolException
 from pydantic import ConfigDict, ValidationError
 
-from sandbox_tools.errors import ConfigError
 from sandbox_tools.session.session import Session
 from sandbox_tools.session.sessions import Sessions
 from sandbox_tools.tools import portal
-from sandbox_tools.tools.catalog import CATALOG, Tool
+from sandbox_tools.tools.artifacts import Artifacts
+from sandbox_tools.tools.callback import join
+from sandbox_tools.tools.catalog import choose
+from sandbox_tools.tools.owners import Owner, owner_of, thread_of
 from sandbox_tools.tools.render import Rendered, RetryableByModel
+from sandbox_tools.tools.tool import Tool
 
 Answer = tuple[list[dict[str, Any]], dict[str, Any]]
 
+OUTPUT = "sandbox.output"
+"""The name of the custom event that carries live output."""
+
 
 class SandboxToolkit(BaseToolkit):
-    """The four tools over one registry; the conversation is the `thread_id` of the run's config, never a model's word.
+    """The tools over one registry; the conversation is the `thread_id` of the run's config, never a model's word.
 
     Args:
         sessions: The registry. It is not closed with the toolkit, except by `close`.
-        owner: Whose conversations these are; see `Sessions.session`.
+        owner: Whose conversations these are; see `Sessions.session`. A callable finds it in each run's config.
+        tools: Names of the tools that the model gets. None: `run_code`, `pause_sandbox`, `resume_sandbox` and
+            `list_paused_sandboxes`. `["*"]`: all there are.
+        artifacts: A directory of the host through which files are handed in and out; adds `upload_file` and
+            `download_file`. None: there are no such tools.
+        renamed: By a tool's name the one that the model sees.
+        described: By a tool's name what the model is told of it in place of our text.
+
+    Raises:
+        ConfigError: There is no tool of such a name, or two would have the same.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, frozen=True)
 
     sessions: Sessions
-    owner: str = "default"
+    owner: Owner = "default"
+    chosen: tuple[Tool, ...] = ()
 
-    def __init__(self, sessions: Sessions, *, owner: str = "default") -> None:
-        super().__init__(sessions=sessions, owner=owner)
+    def __init__(
+        self,
+        sessions: Sessions,
+        *,
+        owner: Owner = "default",
+        tools: Iterable[str] | None = None,
+        artifacts: Artifacts | None = None,
+        renamed: Mapping[str, str] | None = None,
+        described: Mapping[str, str] | None = None,
+    ) -> None:
+        chosen = choose(tools, artifacts=artifacts, renamed=renamed, described=described)
+        super().__init__(sessions=sessions, owner=owner, chosen=tuple(chosen))
 
     def get_tools(self) -> list[BaseTool]:
         """Tools for `create_agent`, `ToolNode` or any loop that passes its config on; with `invoke` and `ainvoke`."""
-        return [self._wrap(tool) for tool in CATALOG]
+        return [self._wrap(tool) for tool in self.chosen]
+
+    def session(self, config: RunnableConfig) -> Session:
+        """The conversation that a run belongs to.
+
+        Raises:
+            ConfigError: The run has no thread id, or no owner.
+        """
+        return self.sessions.session(thread_of(config), owner=owner_of(self.owner, config))
 
     def close(self) -> None:
         """Close the registry from synchronous code; asynchronous code has `Sessions.aclose`."""
         portal.run(self.sessions, self.sessions.aclose)
 
+    def wrap_tool_call(self, request: Any, execute: Callable[[Any], Any]) -> Any:
+        """For `ToolNode(..., wrap_tool_call=...)`: as `awrap_tool_call`, for `invoke`."""
+        session, run = self.session(request.runtime.config), f"call/{request.tool_call['id']}"
+        portal.run(self.sessions, lambda: session.turn_started(run))
+        try:
+            return execute(request)
+        finally:
+            portal.run(self.sessions, lambda: session.turn_ended(run))
+
+    async def awrap_tool_call(self, request: Any, execute: Callable[[Any], Awaitable[Any]]) -> Any:
+        """For `ToolNode(..., awrap_tool_call=...)` in a graph of your own: while any of its tools works, no policy
+        pauses the sandbox, and it wakes while the first one starts. Between them the policy's idle time counts."""
+        session, run = self.session(request.runtime.config), f"call/{request.tool_call['id']}"
+        await portal.arun(self.sessions, lambda: session.turn_started(run))
+        try:
+            return await execute(request)
+        finally:
+            await portal.arun(self.sessions, lambda: session.turn_ended(run))
+
     def _wrap(self, tool: Tool) -> BaseTool:
-        async def work(arguments: dict[str, Any], config: RunnableConfig) -> Answer:
+        async def work(arguments: dict[str, Any], config: RunnableConfig, write: Callable[[Any], None]) -> Answer:
+            session = self.session(config)
+            join(config, self.sessions, session)
+
             async def emit(piece: dict[str, Any]) -> None:
-                await adispatch_custom_event("sandbox.output", piece, config=config)
+                write({OUTPUT: {"tool": tool.name, **piece}})
+                await adispatch_custom_event(OUTPUT, piece, config=config)
 
             try:
-                rendered: Rendered = await tool(self._session(config), tool.arguments.model_validate(arguments), emit)
+                rendered: Rendered = await tool(session, tool.arguments.model_validate(arguments), emit)
             except RetryableByModel as error:
                 raise ToolException(str(error)) from error
             return rendered.blocks, rendered.artifact
 
         # `config` is the only injected argument: the core overwrites what a model might send under that name.
         def synchronous(*, config: RunnableConfig, **arguments: Any) -> Answer:
-            return portal.run(self.sessions, lambda: work(arguments, config))
+            write = _writer()
+            return portal.run(self.sessions, lambda: work(arguments, config, write))
 
         async def asynchronous(*, config: RunnableConfig, **arguments: Any) -> Answer:
-            return await portal.arun(self.sessions, lambda: work(arguments, config))
+            write = _writer()
+            return await portal.arun(self.sessions, lambda: work(arguments, config, write))
 
         return StructuredTool.from_function(
             func=synchronous,
@@ -73,69 +132,22 @@ class SandboxToolkit(BaseToolkit):
             handle_validation_error=_what_to_change,
         )
 
-    def _session(self, config: RunnableConfig) -> Session:
-        thread = _thread(config.get("configurable")) or _thread(config.get("metadata"))
-        if thread is None:
-            msg = 'The run has no thread id. Pass `config={"configurable": {"thread_id": ...}}` to the agent.'
-            raise ConfigError(msg)
-        return self.sessions.session(thread, owner=self.owner)
 
+def _writer() -> Callable[[Any], None]:
+    """What writes into LangGraph's `stream_mode="custom"`, and tells its runtime that the node lives."""
+    try:
+        from langgraph.config import get_stream_writer
+        from langgraph.runtime import get_runtime
 
-class SandboxCallback(AsyncCallbackHandler):
-    """Ends the turn when the outermost run ends: by an answer, an error, a cancel, an interrupt or a broken stream.
+        write, runtime = get_stream_writer(), get_runtime()
+    except (ImportError, RuntimeError, KeyError):  # There is no graph around this call.
+        return lambda piece: None
 
-    Bake it into the agent, `agent.with_config(callbacks=[SandboxCallback(sessions)])`; runs without a thread id are
-    let pass. It only posts: the pause itself happens in the background, on the loop of `sessions`.
+    def written(piece: Any) -> None:
+        write(piece)
+        runtime.heartbeat()
 
-    Args:
-        sessions: The registry the toolkit has too.
-        owner: As the toolkit's.
-    """
-
-    def __init__(self, sessions: Sessions, *, owner: str = "default") -> None:
-        self._sessions = sessions
-        self._owner = owner
-        self._inside: set[UUID] = set()
-        self._turns: dict[UUID, Session] = {}
-
-    async def on_chain_start(
-        self,
-        serialized: dict[str, Any],
-        inputs: Any,
-        *,
-        run_id: UUID,
-        parent_run_id: UUID | None = None,
-        metadata: dict[str, Any] | None = None,
-        **more: Any,
-    ) -> None:
-        """A run inside one already seen belongs to its turn."""
-        outermost = parent_run_id not in self._inside
-        self._inside.add(run_id)
-        thread = _thread(metadata)
-        if outermost and thread is not None:
-            session = self._turns[run_id] = self._sessions.session(thread, owner=self._owner)
-            # Under `invoke` this runs on a passing loop, which must not become theirs: the first tool call decides.
-            session.note_turn(str(run_id))
-            portal.post(self._sessions, session.write_turns)
-
-    async def on_chain_end(self, outputs: Any, *, run_id: UUID, **more: Any) -> None:
-        """The turn has ended, if that run was one."""
-        self._ended(run_id)
-
-    async def on_chain_error(self, error: BaseException, *, run_id: UUID, **more: Any) -> None:
-        """So it has by an error, a cancel, or a stream that nobody reads on."""
-        self._ended(run_id)
-
-    def _ended(self, run_id: UUID) -> None:
-        self._inside.discard(run_id)
-        session = self._turns.pop(run_id, None)
-        if session is not None and session.drop_turn(str(run_id)):
-            portal.post(self._sessions, lambda: session.end_turn(str(run_id)))
-
-
-def _thread(place: dict[str, Any] | None) -> str | None:
-    thread = (place or {}).get("thread_id")
-    return None if thread is None or thread == "" else str(thread)
+    return written
 
 
 def _what_to_change(error: ValidationError | Any) -> str:

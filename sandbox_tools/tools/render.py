@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,8 +28,10 @@ from sandbox_tools.errors import (
     StateLostError,
     TransportError,
 )
-from sandbox_tools.models import Execution, Result
+from sandbox_tools.models import CommandResult, Execution, Result
 from sandbox_tools.session.session import PausedSandbox
+from sandbox_tools.tools.tables import as_markdown
+from sandbox_tools.tools.tracebacks import trimmed
 
 TEXT_LIMIT = 20_000
 """Characters of one result, its beginning and its end together."""
@@ -44,8 +45,6 @@ STATE_LOST = (
     "Note: your earlier sandbox is gone, and all variables, processes and files in it are lost. "
     "You start with a new, empty one: import, load and compute again what you need."
 )
-
-COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,18 +90,45 @@ def render(execution: Execution, *, before: str = "") -> Rendered:
         sections.append(text)
     if execution.failure is not None:
         failure = execution.failure
-        sections.append(COLOURS.sub("", failure.traceback) or f"{failure.name}: {failure.value}")
+        sections.append(trimmed(failure.traceback) or f"{failure.name}: {failure.value}")
     if not any(sections) and not images:
         sections.append("The code ran and put nothing out.")
 
-    text = capped("\n".join(section.rstrip("\n") for section in sections if section))
+    text, rest = _joined(sections)
     blocks = [dict(create_text_block(text))] if text else []
     artifact = {
         "execution_count": execution.execution_count,
         "failure": execution.failure.name if execution.failure else None,
         "images": described,
+        **rest,
     }
     return Rendered(blocks=[*blocks, *images], artifact=artifact)
+
+
+def render_command(result: CommandResult, *, before: str = "") -> Rendered:
+    """A command's output and, where it failed, how.
+
+    Args:
+        before: A sentence to say first.
+    """
+    sections = [before]
+    if result.stdout or result.stdout_omitted:
+        sections.append(_omission(result.stdout, result.stdout_omitted, "standard output"))
+    if result.stderr or result.stderr_omitted:
+        sections.append("Standard error:\n" + _omission(result.stderr, result.stderr_omitted, "standard error"))
+    if result.exit_code and not before:
+        sections.append(f"It failed: {result.error or f'exit status {result.exit_code}'}.")
+    if not any(sections):
+        sections.append("The command ran and put nothing out.")
+    text, rest = _joined(sections)
+    return Rendered.of(text, exit_code=result.exit_code, error=result.error, **rest)
+
+
+def _joined(sections: list[str]) -> tuple[str, dict[str, str]]:
+    """The sections as a model reads them, and for the artifact the whole where that is more."""
+    whole = "\n".join(section.rstrip("\n") for section in sections if section)
+    text = capped(whole)
+    return text, {} if text == whole else {"whole": whole}
 
 
 def render_timeout(error: ExecutionTimeoutError, seconds: float) -> Rendered:
@@ -203,7 +229,8 @@ def _result(result: Result, *, room: bool) -> tuple[dict[str, Any] | None, list[
             return None, [facts], f"[An image of {size} was too large to show. Draw it smaller or with a lower dpi.]"
         return dict(create_image_block(base64=data, mime_type=mime_type)), [facts], ""
 
-    text = result.text or result.markdown or result.latex or ""
+    table = as_markdown(result.html) if result.html else None
+    text = table or result.text or result.markdown or result.latex or ""
     # A value such as a data frame reads well as text; an object whose text is only its name does not.
     if text and not text.startswith("<"):
         return None, [], text
