@@ -73,13 +73,12 @@ async def _start(session: Session, arguments: StartJob, emit: Emit) -> Rendered:
     job = "job-" + "".join(secrets.choice("abcdefghijkmnpqrstuvwxyz23456789") for _ in range(8))
     # The shell waits for the command, so that its exit code is kept and the sandbox knows that something runs.
     script = (
-        f"mkdir -p {JOBS} && echo $$ >{JOBS}/{job}.pid && "
-        f"{{ bash -l -c {shlex.quote(arguments.command)}; }} >{JOBS}/{job}.out 2>&1 </dev/null; "
+        f"mkdir -p {JOBS} && {{ bash -l -c {shlex.quote(arguments.command)}; }} >{JOBS}/{job}.out 2>&1 </dev/null; "
         f"echo $? >{JOBS}/{job}.code"
     )
     async with session.lease() as sandbox:
-        command = await sandbox.commands.start(script, cwd=arguments.cwd, timeout=None)
-        await command.disconnect()
+        async with await sandbox.commands.start(script, cwd=arguments.cwd, timeout=None) as command:
+            await sandbox.files.write(f"{JOBS}/{job}.pid", str(command.pid))
     text = f"Started {job}. Read its output with `read_job`; end it with `stop_job`. While it runs nothing is paused."
     return Rendered.of(text, job=job, pid=command.pid)
 
