@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -13,6 +13,7 @@ from deepagents.backends.protocol import (
     ExecuteResponse,
     FileDownloadResponse,
     FileUploadResponse,
+    WriteResult,
 )
 from deepagents.backends.sandbox import BaseSandbox
 from langchain_core.runnables import RunnableConfig
@@ -43,11 +44,6 @@ OUTPUT = 10_000_000
 
 TIMED_OUT = 124
 """The exit code of a command whose time was up, as `timeout` of coreutils has it."""
-
-OWN = ("/large_tool_results", "/conversation_history", "/blobs")
-"""Where deepagents keeps what is too long for the model; only `root` could make a directory there."""
-
-REMEMBERED = 10_000
 
 
 class SandboxBackend(BaseSandbox):
@@ -83,7 +79,6 @@ class SandboxBackend(BaseSandbox):
         self._thread = thread
         self._timeout = timeout
         self._user = user
-        self._prepared: set[str] = set()
 
     @property
     def id(self) -> str:
@@ -111,6 +106,14 @@ class SandboxBackend(BaseSandbox):
         """As `execute_with_offload`."""
         result = await super().aexecute_with_offload(command, capture_path, **options)
         return _told(result, lost=await self._arun(Session.take_lost))
+
+    def write(self, file_path: str, content: str) -> WriteResult:
+        """Write a text file and the directories above it, also where the user of the commands could make none."""
+        return _written(*self.upload_files([(file_path, content.encode())]))
+
+    async def awrite(self, file_path: str, content: str) -> WriteResult:
+        """As `write`."""
+        return _written(*await self.aupload_files([(file_path, content.encode())]))
 
     def upload_files(self, files: list[tuple[str, bytes]]) -> list[FileUploadResponse]:
         """Write files, and the directories above them; each is there whole or not at all.
@@ -141,7 +144,7 @@ class SandboxBackend(BaseSandbox):
 
         end = ""
         try:
-            async with self._lease(session) as sandbox:
+            async with session.lease() as sandbox:
                 try:
                     done = await sandbox.commands.run(
                         command, user=self._user, timeout=limit, on_stdout=collect, on_stderr=collect
@@ -183,7 +186,7 @@ class SandboxBackend(BaseSandbox):
         """What was wrong with each file, in the order of the paths. None: nothing."""
         faults: list[str | None] = []
         try:
-            async with self._lease(session) as sandbox:
+            async with session.lease() as sandbox:
                 for number, path in enumerate(paths):
                     faults.append(await self._moved(sandbox, path, partial(move, sandbox, number)))
         except SandboxError as error:
@@ -212,18 +215,6 @@ class SandboxBackend(BaseSandbox):
             return (await sandbox.files.info(path, user=self._user)).type == "directory"
         except APIError:
             return False
-
-    @contextlib.asynccontextmanager
-    async def _lease(self, session: Session) -> AsyncIterator[Sandbox]:
-        async with session.lease() as sandbox:
-            if self._user != "root" and sandbox.id not in self._prepared:
-                # It is no fault of the command that is to run if that can't be done: long results then stay long.
-                with contextlib.suppress(APIError, ExecutionTimeoutError):
-                    await sandbox.commands.run(f"mkdir -p -m 1777 {' '.join(OWN)}", user="root")
-                if len(self._prepared) >= REMEMBERED:
-                    self._prepared.clear()
-                self._prepared.add(sandbox.id)
-            yield sandbox
 
     def _session(self) -> Session:
         """The conversation of the run that calls, which is a turn of it then."""
@@ -259,6 +250,12 @@ def _told(result: ExecuteOffloadResult, *, lost: bool) -> ExecuteOffloadResult:
         return result
     response = result.response
     return replace(result, response=replace(response, output=f"{STATE_LOST}\n{response.output}"))
+
+
+def _written(response: FileUploadResponse) -> WriteResult:
+    if response.error:
+        return WriteResult(error=f"Failed to write file {response.path!r}: {response.error}")
+    return WriteResult(path=response.path)
 
 
 def _words(error: SandboxError) -> str:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 from langchain_tests.integration_tests import SandboxIntegrationTests
 
 from sandbox_tools import Sessions
 from sandbox_tools.tools.deepagents import SandboxBackend
 
-ABSOLUTE = pytest.mark.xfail(reason="the suite is older than deepagents 0.7, whose `glob` gives absolute paths")
+ABSOLUTE = pytest.mark.xfail(
+    strict=True, reason="the suite is older than deepagents 0.7, whose `glob` gives absolute paths"
+)
 
 
 class TestSandboxBackend(SandboxIntegrationTests):
     """Each exception is the suite's own: deepagents' backends of today fail there as well."""
 
     @pytest.fixture(scope="class")
-    def sandbox(self, sessions: Sessions) -> Iterator[SandboxBackend]:
-        yield SandboxBackend(sessions, thread="suite")
+    def sandbox(self, sessions: Sessions) -> SandboxBackend:
+        return SandboxBackend(sessions, thread="suite")
 
     @ABSOLUTE
     def test_glob(self, sandbox_backend, sandbox_test_root):
@@ -44,6 +44,8 @@ class TestSandboxBackend(SandboxIntegrationTests):
     def test_glob_with_question_mark(self, sandbox_backend, sandbox_test_root):
         super().test_glob_with_question_mark(sandbox_backend, sandbox_test_root)
 
-    @pytest.mark.xfail(reason="the suite is older than deepagents 0.7, whose `write` replaces what is there")
+    @pytest.mark.xfail(
+        strict=True, reason="the suite is older than deepagents 0.7, whose `write` replaces what is there"
+    )
     def test_write_existing_file_fails(self, sandbox_backend, sandbox_test_root):
         super().test_write_existing_file_fails(sandbox_backend, sandbox_test_root)
