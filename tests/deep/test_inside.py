@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import running_engine
-from tests.deep.conftest import ROOT, Outcome, inside
+from tests.deep.conftest import Outcome, inside
 
 LEAST = {"suite": 79, "agents": 15, "tools": 155, "program": 3}
 """Tests that must pass: a suite that skips what it does not find would be green without them."""
