@@ -34,6 +34,7 @@ from sandbox_tools.session.session import Session
 from sandbox_tools.session.sessions import Sessions
 from sandbox_tools.tools import portal
 from sandbox_tools.tools.callback import join
+from sandbox_tools.tools.files import beginning
 from sandbox_tools.tools.owners import Owner, owner_of, thread_of
 from sandbox_tools.tools.render import STATE_LOST, RetryableByModel, render_error
 
@@ -41,6 +42,9 @@ T = TypeVar("T")
 
 OUTPUT = 10_000_000
 """Characters of a command's output that are kept; deepagents itself puts what is long for a model into a file."""
+
+LARGEST = 200_000_000
+"""Bytes of one file that is handed out: code in the sandbox must not fill the memory of who looks at its files."""
 
 TIMED_OUT = 124
 """The exit code of a command whose time was up, as `timeout` of coreutils has it."""
@@ -161,9 +165,10 @@ class SandboxBackend(BaseSandbox):
         return ExecuteResponse(output=text, exit_code=code, truncated=bool(seen.stdout_omitted))
 
     async def _upload(self, session: Session, files: list[tuple[str, bytes]]) -> list[FileUploadResponse]:
-        async def write(sandbox: Sandbox, number: int) -> None:
+        async def write(sandbox: Sandbox, number: int) -> str | None:
             path, content = files[number]
             await sandbox.files.write(path, content, user=self._user)
+            return None
 
         faults = await self._each(session, [path for path, _ in files], write)
         return [FileUploadResponse(path=path, error=fault) for (path, _), fault in zip(files, faults, strict=True)]
@@ -171,8 +176,10 @@ class SandboxBackend(BaseSandbox):
     async def _download(self, session: Session, paths: list[str]) -> list[FileDownloadResponse]:
         contents: list[bytes | None] = [None] * len(paths)
 
-        async def read(sandbox: Sandbox, number: int) -> None:
-            contents[number] = await sandbox.files.read(paths[number], user=self._user)
+        async def read(sandbox: Sandbox, number: int) -> str | None:
+            content, whole = await beginning(sandbox, paths[number], LARGEST, user=self._user)
+            contents[number] = content if whole else None
+            return None if whole else f"The file has more than {LARGEST // 1_000_000} MB."
 
         faults = await self._each(session, paths, read)
         return [
@@ -181,7 +188,7 @@ class SandboxBackend(BaseSandbox):
         ]
 
     async def _each(
-        self, session: Session, paths: Sequence[str], move: Callable[[Sandbox, int], Awaitable[None]]
+        self, session: Session, paths: Sequence[str], move: Callable[[Sandbox, int], Awaitable[str | None]]
     ) -> list[str | None]:
         """What was wrong with each file, in the order of the paths. None: nothing."""
         faults: list[str | None] = []
@@ -193,11 +200,11 @@ class SandboxBackend(BaseSandbox):
             faults += [_words(error)] * (len(paths) - len(faults))
         return faults
 
-    async def _moved(self, sandbox: Sandbox, path: str, move: Callable[[], Awaitable[None]]) -> str | None:
+    async def _moved(self, sandbox: Sandbox, path: str, move: Callable[[], Awaitable[str | None]]) -> str | None:
         if not path.startswith("/"):
             return "invalid_path"
         try:
-            await move()
+            return await move()
         except NotFoundError:
             return "file_not_found"
         except AccessDeniedError:
@@ -208,7 +215,6 @@ class SandboxBackend(BaseSandbox):
             if error.status_code != 400:
                 raise
             return "is_directory" if await self._is_directory(sandbox, path) else "invalid_path"
-        return None
 
     async def _is_directory(self, sandbox: Sandbox, path: str) -> bool:
         try:

@@ -112,10 +112,10 @@ async def _list(session: Session, arguments: ListFiles, emit: Emit) -> Rendered:
     return Rendered.of("\n".join(lines) or "[The directory is empty.]", count=len(entries))
 
 
-async def beginning(sandbox: Sandbox, path: str, limit: int) -> tuple[bytes, bool]:
+async def beginning(sandbox: Sandbox, path: str, limit: int, *, user: str | None = None) -> tuple[bytes, bool]:
     """At most `limit` bytes of a file, and whether that is all."""
     data = bytearray()
-    async with aclosing(sandbox.files.stream(path)) as pieces:
+    async with aclosing(sandbox.files.stream(path, user=user)) as pieces:
         async for piece in pieces:
             data += piece
             if len(data) > limit:

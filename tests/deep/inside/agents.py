@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 from deepagents import create_deep_agent
+from langchain.agents.middleware import AgentMiddleware
 from langchain_core.messages import ToolMessage
 from langgraph.checkpoint.memory import InMemorySaver
 
@@ -105,6 +106,14 @@ async def test_the_application_hands_files_in_and_out(own):
     assert down[1].content == b"abab"
 
 
+async def test_a_file_larger_than_its_reader_s_memory_is_refused(own):
+    backend = SandboxBackend(own, thread="large")
+    await backend.aexecute("truncate -s 100G large; truncate -s 1M small")
+    large, small = await backend.adownload_files(["/home/user/large", "/home/user/small"])
+    assert (large.content, large.error) == (None, "The file has more than 200 MB.")
+    assert (small.content, small.error) == (bytes(2**20), None)
+
+
 async def test_two_threads_of_one_backend_never_meet(own, client):
     backend = SandboxBackend(own)
     threads = [f"thread {n}" for n in range(3)]
@@ -130,6 +139,30 @@ async def test_two_owners_with_the_same_thread_id_never_meet(own, client):
         assert "ann" not in said
     await settled(own)
     assert await states(client) == ["paused", "paused"]
+
+
+async def test_within_a_turn_nothing_is_paused_also_where_the_owner_is_found_in_the_run_s_config(own, client):
+    """No callback is shown that config, so the turn becomes known with the first call of the backend."""
+    seen = []
+
+    class Look(AgentMiddleware):
+        async def abefore_model(self, state, runtime):
+            await settled(own)
+            seen.append(await states(client))
+
+    owner = configured("user")
+    agent, _ = deep(
+        own,
+        call("execute", command="true"),
+        call("ls", path="/home/user"),
+        backend=SandboxBackend(own, owner=owner),
+        callback=SandboxCallback(own, owner=owner),
+        middleware=[Look()],
+    )
+    await turn(agent, "found", user="ann")
+    assert seen == [[], ["running"], ["running"]]
+    await settled(own)
+    assert await states(client) == ["paused"]
 
 
 async def test_subagents_work_in_the_conversation_s_own_sandbox(own, client):
