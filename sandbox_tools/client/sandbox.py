@@ -305,6 +305,10 @@ class Sandbox:
                     await asyncio.sleep(pause)
                     pause = min(2 * pause, 0.5)
 
+    async def freeze(self) -> bool:
+        """As `Client.freeze`."""
+        return await self._client.freeze(self.id)
+
     async def kill(self) -> bool:
         """As `Client.kill`."""
         return await self._client.kill(self.id)
