@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from sandbox_tools.errors import ConfigError, ExecutionTimeoutError, SandboxError
 from sandbox_tools.session.retention import PausedSandbox
-from sandbox_tools.session.transitions import HOLD
 from sandbox_tools.session.turns import Lease
 
 if TYPE_CHECKING:
@@ -210,7 +209,7 @@ class Session:
         for use in unwritten:
             now = self._sessions.clock.time()
             await self._bindings.begin_turn(
-                self.owner, self.thread, use=use, holder=self._sessions.holder, now=now, until=now + HOLD
+                self.owner, self.thread, use=use, holder=self._sessions.holder, now=now, until=now + self._sessions.expiry
             )
         return unwritten
 

@@ -21,7 +21,7 @@ from sandbox_tools.session.retention import Keeper, Retention
 from sandbox_tools.session.schedule import Round, Schedule
 from sandbox_tools.session.session import Session
 from sandbox_tools.session.sweeper import Sweeper
-from sandbox_tools.session.transitions import HOLD, Transitions
+from sandbox_tools.session.transitions import Transitions
 from sandbox_tools.session.turns import Turns
 
 if TYPE_CHECKING:
@@ -35,11 +35,11 @@ T = TypeVar("T")
 CLOSING = 60.0
 """Seconds `aclose` gives to the pauses still to be made; the server's own timers make those it leaves."""
 
-BEAT = 15.0
-"""Seconds between two renewals of what is in use; three may fail before a use expires."""
-
 TAKE_OVER = 5.0
 """Seconds between two looks at what dead processes have left awake."""
+
+ABSORB = 15.0
+"""Seconds between two looks at idle periods that have become evidence."""
 
 
 class Sessions:
@@ -57,6 +57,8 @@ class Sessions:
         early_resume: Whether a paused sandbox is woken when a turn starts, while the model still thinks.
         turn_limit: Seconds without a tool call after which an open turn counts as forgotten by whoever should have
             ended it, and keeps its sandbox awake no longer.
+        expiry: Seconds after which what a process held is free if it has not been renewed, because that process is dead
+            or stuck; it is renewed four times as often. The same for all processes that share bindings.
         retention: What happens to sandboxes that sleep for long. None: nothing.
         clock: Tests pass a `ManualClock`. None: the machine's.
     """
@@ -72,6 +74,7 @@ class Sessions:
         price: Price | None = None,
         early_resume: bool = True,
         turn_limit: float = 1800.0,
+        expiry: float = 60.0,
         retention: Retention | None = None,
         clock: Clock | None = None,
     ) -> None:
@@ -87,6 +90,7 @@ class Sessions:
         self.client = client
         self.holder = secrets.token_hex(8)
         self.turn_limit = turn_limit
+        self.expiry = expiry
         self.turns = Turns()
         self.evidence = Evidence(
             client,
@@ -98,13 +102,13 @@ class Sessions:
             early_resume=early_resume,
         )
         self.transitions = Transitions(
-            client, bindings, self.evidence, self.clock, holder=self.holder, template=template
+            client, bindings, self.evidence, self.clock, holder=self.holder, expiry=expiry, template=template
         )
         self.keeper = Keeper(self.transitions, bindings, self.clock, retention or Retention())
         rounds = [
-            Round(BEAT, self._beat),
+            Round(expiry / 4, self._beat),
             Round(TAKE_OVER, self._take_over),
-            Round(BEAT, self.evidence.absorb),
+            Round(ABSORB, self.evidence.absorb),
             Round(self.keeper.every, self.keeper.look),
         ]
         self.schedule = Schedule(self.clock, settle=self._settle, rounds=rounds, spawn=self.spawn)
@@ -214,7 +218,7 @@ class Sessions:
             said = "the turn %s of the thread %r has been open for %g s without a tool call: it counts as ended"
             log.warning(said, use, thread, self.turn_limit)
             await self.session(thread, owner=owner).end_turn(use)
-        await self.bindings.renew(self.holder, now=now, until=now + HOLD)
+        await self.bindings.renew(self.holder, now=now, until=now + self.expiry)
         used = {lease.handle for lease in self.turns.leases.values()}
         for owner, thread in self.turns.threads():
             if (found := await self.bindings.find(owner, thread)) is not None:

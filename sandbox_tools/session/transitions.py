@@ -38,9 +38,6 @@ AWAKE = 300
 FRESH = 5.0
 """Seconds for which a sandbox seen running is taken to run still, without asking."""
 
-HOLD = 60.0
-"""Seconds after which a use or transition that is not renewed counts as its process's death."""
-
 PATIENCE = 900.0
 """Seconds a lease waits for another process's transition; a first create may build the local template in it."""
 
@@ -75,6 +72,7 @@ class Transitions:
         clock: Clock,
         *,
         holder: str,
+        expiry: float,
         template: str | None,
     ) -> None:
         self.client = client
@@ -82,6 +80,7 @@ class Transitions:
         self.evidence = evidence
         self.clock = clock
         self.holder = holder
+        self.expiry = expiry
         self.template = template
         self.awake: dict[str, Awake] = {}
         self.stamps = Stamps(client, bindings, clock)
@@ -305,7 +304,7 @@ class Transitions:
     async def _begin_lease(self, owner: str, thread: str, handle: str, use: str) -> Binding | None:
         now = self.clock.time()
         return await self.bindings.begin_lease(
-            owner, thread, handle, use=use, holder=self.holder, now=now, until=now + HOLD
+            owner, thread, handle, use=use, holder=self.holder, now=now, until=now + self.expiry
         )
 
     async def _wake(self, held: Binding) -> Sandbox | None:
@@ -393,7 +392,7 @@ class Transitions:
         """Hold the exclusive right, if it is to be had; what the body has not ended by then ends with nothing known."""
         now = self.clock.time()
         held = await self.bindings.begin_transition(
-            handle, holder=self.holder, now=now, until=now + HOLD, unless=unless
+            handle, holder=self.holder, now=now, until=now + self.expiry, unless=unless
         )
         try:
             yield held
