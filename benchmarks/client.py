@@ -32,7 +32,7 @@ STARTS = 15
 STREAMS = 1000
 PATIENCE = 120.0
 
-OURS, BARE, VENDOR, VENDOR_FRESH = "sandbox_tools", "httpx", "e2b", "e2b-fresh"
+OURS, BARE, VENDOR = "sandbox_tools", "httpx", "e2b"
 STEPS = ("run_code", "list", "pause", "create", "connect", "info", "set_timeout", "kill")
 IMPORTS = {
     "import httpx": OURS,
@@ -56,13 +56,11 @@ Rows = dict[str, tuple[str, str, float | None]]
 """By label: a step, whom it is compared with, and the ratio that it may have at most."""
 
 TABLES: dict[str, Rows] = {
-    "beside bare httpx that sends the same and reads the JSON; both open a connection for each run_code and create": {
+    "beside bare httpx that sends the same and reads the JSON; both open a connection for each create": {
         step: (step, BARE, 1.15) for step in STEPS
     },
-    "beside the async client of e2b 2.63, which keeps its connections, or none where it is told so; list: 100 rows": {
-        "run_code": ("run_code", VENDOR, 1.0),
-        "run_code, none kept": ("run_code", VENDOR_FRESH, 1.0),
-        **{step: (step, VENDOR, 1.0 if step in ("list", "pause") else None) for step in STEPS[1:]},
+    "beside the async client of e2b 2.63, which keeps all its connections; list: 100 rows": {
+        step: (step, VENDOR, 1.0 if step in ("run_code", "list", "pause") else None) for step in STEPS
     },
 }
 
@@ -107,7 +105,7 @@ async def child(*argv: str) -> AsyncIterator[asyncio.subprocess.Process]:
 async def contestants() -> AsyncIterator[dict[str, Contestant]]:
     """All of them, at one server."""
     ours, vendor = Path(sys.executable), await asyncio.to_thread(environment, "e2b") / "bin" / "python"
-    pythons = {OURS: ours, BARE: ours, VENDOR: vendor, VENDOR_FRESH: vendor}
+    pythons = {OURS: ours, BARE: ours, VENDOR: vendor}
     async with contextlib.AsyncExitStack() as stack:
         server = await stack.enter_async_context(child(sys.executable, str(HERE / "loopback.py")))
         assert server.stdout

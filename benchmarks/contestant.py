@@ -29,8 +29,9 @@ class SandboxTools:
     async def open(self, url: str) -> dict[str, Step]:
         """Its spelling of the steps."""
         from sandbox_tools import Client
+        from sandbox_tools.client.dialects import DIALECTS
 
-        self.client = client = Client(provider="e2b", api_key=KEY, api_url=url)
+        self.client = client = Client(provider=DIALECTS["e2b"], api_key=KEY, api_url=url)
         self.sandbox = sandbox = await client.create()
 
         async def run_code() -> None:
@@ -65,9 +66,10 @@ class BareHttpx:
         timeout = httpx.Timeout(None, connect=10.0)
         limits = {"max_connections": None, "keepalive_expiry": 2.0}
         headers = {"User-Agent": "bare", "X-API-KEY": KEY}
-        fresh = httpx.Limits(max_keepalive_connections=0, **limits)
+        none_kept = httpx.Limits(max_keepalive_connections=0, **limits)
         kept = httpx.AsyncClient(timeout=timeout, headers=headers, limits=httpx.Limits(**limits), trust_env=False)
-        self.fresh = httpx.AsyncClient(timeout=timeout, headers=headers, limits=fresh, trust_env=False)
+        self.kept = kept
+        fresh = httpx.AsyncClient(timeout=timeout, headers=headers, limits=none_kept, trust_env=False)
         self.url = url
         grant = (await kept.post(f"{url}/v2/sandboxes", json={"templateID": "code-interpreter-v1"})).json()
         one = f"{url}/sandboxes/{grant['sandboxID']}"
@@ -93,7 +95,7 @@ class BareHttpx:
             "run_code": lambda: self.run(CODE),
             "list": list_all,
             "pause": lambda: call(kept, "POST", f"{one}/pause", json={}),
-            "create": lambda: call(self.fresh, "POST", f"{url}/v2/sandboxes", json=create),
+            "create": lambda: call(fresh, "POST", f"{url}/v2/sandboxes", json=create),
             "connect": lambda: call(kept, "POST", f"{url}/v2{one[len(url) :]}/connect", json={"timeout": 300}),
             "info": lambda: call(kept, "GET", one),
             "set_timeout": lambda: call(kept, "POST", f"{one}/timeout", json={"timeout": 300}),
@@ -101,9 +103,9 @@ class BareHttpx:
         }
 
     async def run(self, code: str) -> None:
-        """Code, on a connection of its own."""
+        """Code."""
         body = {"code": code, "context_id": None, "language": None, "env_vars": None}
-        async with self.fresh.stream("POST", f"{self.url}/execute", headers=self.headers, json=body) as response:
+        async with self.kept.stream("POST", f"{self.url}/execute", headers=self.headers, json=body) as response:
             response.raise_for_status()
             events = [json.loads(line) async for line in response.aiter_lines()]
         assert [event["text"] for event in events if event["type"] == "result"] == [TEXT]
@@ -149,16 +151,7 @@ class E2b:
         assert (await self.sandbox.run_code(f"hold {count}")).text == TEXT
 
 
-class E2bFresh(E2b):
-    """The same, told to keep no connection."""
-
-    async def open(self, url: str) -> dict[str, Step]:
-        """By its own variable."""
-        os.environ["E2B_MAX_KEEPALIVE_CONNECTIONS"] = "0"
-        return await super().open(url)
-
-
-CONTESTANTS = {"sandbox_tools": SandboxTools, "httpx": BareHttpx, "e2b": E2b, "e2b-fresh": E2bFresh}
+CONTESTANTS = {"sandbox_tools": SandboxTools, "httpx": BareHttpx, "e2b": E2b}
 
 
 def peak() -> float:

@@ -67,7 +67,7 @@ async def exchange(
     late: SandboxError | None = None,
     **content: Any,
 ) -> AsyncGenerator[bytes, None]:
-    """Sends one request on a connection of its own, which closing the generator closes, and gives the answer's bytes.
+    """Sends one request and gives the answer's bytes; closing the generator closes its connection, unless all has come.
 
     Args:
         op: The caller's verb, for errors.
@@ -93,6 +93,7 @@ async def exchange(
                 url + path,
                 headers=headers,
                 sandbox_id=sandbox.id,
+                fresh=sandbox._resumed_lately,
                 extensions=sockets.extensions,
                 **content,
             )

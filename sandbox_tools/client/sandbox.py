@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing, suppress
 from datetime import datetime
@@ -17,6 +19,7 @@ from sandbox_tools.client.commands import Commands
 from sandbox_tools.client.exchange import ask, cut, exchange, parsed
 from sandbox_tools.client.files import Files
 from sandbox_tools.client.sockets import close
+from sandbox_tools.client.transport import KEEPALIVE_EXPIRY
 from sandbox_tools.client.wire import path_part
 from sandbox_tools.errors import (
     ConfigError,
@@ -79,6 +82,7 @@ class Sandbox:
         self._planting = asyncio.Lock()
         self._asleep = False
         """Whether it was paused and nothing has been sent to it since."""
+        self._resumed_at = -math.inf
 
     async def run_code(
         self,
@@ -289,6 +293,7 @@ class Sandbox:
 
     async def _until_ready(self) -> None:
         """Returns once a sandbox that was just resumed answers at its own address, or after `READY_LIMIT` seconds."""
+        self._resumed_at = time.monotonic()
         url, headers = self._at(ENVD_PORT)
         pause = 0.02
         with suppress(TimeoutError):
@@ -296,7 +301,13 @@ class Sandbox:
                 while True:
                     with suppress(TransportError):
                         response = await self._client.transport.open(
-                            "resume", "GET", url + "/health", headers=headers, sandbox_id=self.id, timeout=1.0
+                            "resume",
+                            "GET",
+                            url + "/health",
+                            headers=headers,
+                            sandbox_id=self.id,
+                            fresh=True,
+                            timeout=1.0,
                         )
                         await close(response)
                         if response.status_code not in UNREADY:
@@ -308,6 +319,11 @@ class Sandbox:
     async def freeze(self) -> bool:
         """As `Client.freeze`."""
         return await self._client.freeze(self.id)
+
+    @property
+    def _resumed_lately(self) -> bool:
+        """Whether a connection from before the pause may be kept still, which leads nowhere."""
+        return time.monotonic() - self._resumed_at < KEEPALIVE_EXPIRY
 
     async def kill(self) -> bool:
         """As `Client.kill`."""

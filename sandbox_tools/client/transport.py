@@ -137,8 +137,8 @@ class Transport:
         # A URL that somebody named is meant literally; a provider's own may be behind the environment's proxy.
         proxies = not (socket or inner or address.url_named)
         self._pooled = _http(socket, inner, verify, proxies, kept=20)
-        # What must not be sent twice gets a connection of its own: on a kept one that the server is just closing,
-        # nobody could tell whether it arrived.
+        # For what is lost with a used connection: a create, which nobody could tell from one that arrived where the
+        # server is just closing that; and all that is sent to a sandbox right after its resume.
         self._fresh = _http(socket, inner, verify, proxies, kept=0)
 
     async def aclose(self) -> None:
@@ -216,20 +216,24 @@ class Transport:
         headers: Mapping[str, str],
         sandbox_id: str,
         idempotent: bool = False,
+        fresh: bool = False,
         **content: Any,
     ) -> httpx.Response:
-        """Sends one request to a sandbox on a connection of its own; the caller reads the answer and closes it.
+        """Sends one request to a sandbox; the caller reads the answer and closes it.
 
         Args:
             idempotent: Whether it may be done twice. If not, it is sent again only if no connection came about.
+            fresh: Whether it gets a connection of its own. False: one that was used less than `KEEPALIVE_EXPIRY`
+                seconds ago will do, if it still stands.
             content: The body, and parameters, as httpx's `build_request` takes them.
         """
+        http = self._fresh if fresh else self._pooled
         headers = {"Accept-Encoding": "identity", **headers}
-        request = self._fresh.build_request(method, url, headers=headers, **content)
+        request = http.build_request(method, url, headers=headers, **content)
 
         async def once() -> httpx.Response:
             try:
-                return await self._fresh.send(request, stream=True)
+                return await http.send(request, stream=True)
             except (httpx.HTTPError, httpx.InvalidURL) as error:
                 failure = self.translated(error, op, sandbox_id)
 

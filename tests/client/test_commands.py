@@ -128,7 +128,7 @@ async def test_output_without_end_leaves_both_its_ends_and_memory_flat(sandbox: 
 
 
 async def test_a_command_past_its_timeout_is_killed_and_leaves_what_it_had_said(sandbox: Sandbox) -> None:
-    async with nothing_left():
+    async with nothing_left(sandbox):
         with pytest.raises(ExecutionTimeoutError) as caught:
             await sandbox.commands.run("echo begun; sleep 1000", timeout=1)
 
@@ -146,7 +146,7 @@ async def test_a_foreground_command_that_nobody_waits_for_is_killed(sandbox: San
         if way == "callback raises":
             raise ZeroDivisionError
 
-    async with nothing_left():
+    async with nothing_left(sandbox):
         task = asyncio.create_task(sandbox.commands.run("echo begun; sleep 1000", timeout=None, on_stdout=on_stdout))
         async with asyncio.timeout(PATIENCE):
             await begun.wait()
@@ -158,7 +158,7 @@ async def test_a_foreground_command_that_nobody_waits_for_is_killed(sandbox: San
 
 
 async def test_a_background_command_outlives_its_disconnect_and_is_found_by_its_id(sandbox: Sandbox) -> None:
-    async with nothing_left():
+    async with nothing_left(sandbox):
         command = await sandbox.commands.start(
             "read; echo $REPLY; sleep 1000", stdin=True, timeout=None, env={"SECRET": "s3cret"}
         )
@@ -240,7 +240,7 @@ async def test_a_command_whose_sandbox_is_killed_says_that_it_is_gone(client: Cl
     command = await sandbox.commands.start("sleep 1000")
     await sandbox.kill()
 
-    async with nothing_left():
+    async with nothing_left(sandbox):
         with pytest.raises(SandboxExpiredError):
             await command.wait()
         with pytest.raises(SandboxExpiredError):
@@ -273,7 +273,7 @@ async def test_the_timeout_holds_where_the_server_does_not_keep_it(both: tuple[L
     loopback.on(START, [HEAD, chunk(BEGUN, said(b"begun"), event(keepalive={})), HANG])
     loopback.on(SIGNAL, [plain({})])
 
-    async with nothing_left():
+    async with nothing_left(sandbox):
         with pytest.raises(ExecutionTimeoutError) as caught:
             await sandbox.commands.run("sleep 1000", timeout=0.1)
 
@@ -303,7 +303,7 @@ async def test_a_command_whose_connection_breaks_is_not_sent_again_nor_ended(
     loopback, sandbox = both
     loopback.on(START, steps)
 
-    async with nothing_left():
+    async with nothing_left(sandbox):
         with pytest.raises(TransportError) as caught:
             await sandbox.commands.run("rm -rf build && make")
     assert not caught.value.retryable
@@ -334,7 +334,7 @@ async def test_an_answer_that_tells_of_no_process_or_no_end_is_never_a_result(
     loopback.on(START, steps)
     loopback.on(SIGNAL, [plain({})])
 
-    async with nothing_left():
+    async with nothing_left(sandbox):
         with pytest.raises(TransportError):
             await sandbox.commands.run("echo")
 
@@ -355,7 +355,7 @@ async def test_a_start_that_is_cancelled_leaves_nothing_here(both: tuple[Loopbac
     loopback.on(START, steps)
     loopback.on(SIGNAL, [plain({})])
 
-    async with nothing_left():
+    async with nothing_left(sandbox):
         task = asyncio.create_task(sandbox.commands.run("sleep 1000", timeout=None))
         async with asyncio.timeout(PATIENCE):
             await loopback.hanging.wait()
@@ -378,7 +378,7 @@ async def test_a_kill_that_hangs_does_not_keep_a_cancelled_caller(
     monkeypatch.setattr("sandbox_tools.client.commands.END_TIMEOUT", 0.1)
     begun = asyncio.Event()
 
-    async with nothing_left(), asyncio.timeout(PATIENCE):
+    async with nothing_left(sandbox), asyncio.timeout(PATIENCE):
         task = asyncio.create_task(sandbox.commands.run("sleep 1000", timeout=None, on_stdout=lambda text: begun.set()))
         await begun.wait()
         task.cancel()
@@ -390,7 +390,7 @@ async def test_leaving_a_command_disconnects_it(both: tuple[Loopback, Sandbox]) 
     loopback, sandbox = both
     loopback.on(START, [HEAD, chunk(BEGUN), HANG])
 
-    async with nothing_left():
+    async with nothing_left(sandbox):
         async with await sandbox.commands.start("sleep 1000") as command:
             assert isinstance(command, Command)
         async with asyncio.timeout(PATIENCE):

@@ -161,7 +161,7 @@ async def test_a_source_that_fails_leaves_the_old_file_and_its_own_error(sandbox
         yield b"new"
         raise error
 
-    async with nothing_left():
+    async with nothing_left(sandbox):
         with pytest.raises(type(error)) as caught:
             await sandbox.files.write("t/file", pieces())
 
@@ -178,7 +178,7 @@ async def test_a_write_that_is_cancelled_leaves_the_old_file_and_nothing_beside_
         begun.set()
         await asyncio.Event().wait()
 
-    async with nothing_left():
+    async with nothing_left(sandbox):
         task = asyncio.create_task(sandbox.files.write("t/file", pieces()))
         async with asyncio.timeout(PATIENCE):
             await begun.wait()
@@ -194,7 +194,7 @@ async def test_a_write_that_is_cancelled_leaves_the_old_file_and_nothing_beside_
 
 async def test_a_reader_that_leaves_closes_its_connection(sandbox: Sandbox) -> None:
     await sandbox.files.write("t/file", b"x" * 5_000_000)
-    async with nothing_left():
+    async with nothing_left(sandbox):
         async with aclosing(sandbox.files.stream("t/file")) as chunks:
             assert await anext(chunks)
 
@@ -275,7 +275,7 @@ async def test_half_a_file_is_never_a_whole_one(both: tuple[Loopback, Sandbox], 
     loopback, sandbox = both
     loopback.on(FILES, steps)
 
-    async with nothing_left():
+    async with nothing_left(sandbox):
         with pytest.raises(TransportError):
             await sandbox.files.read("f")
 
@@ -311,7 +311,7 @@ async def test_a_cancelled_transfer_leaves_no_connection_and_no_task(
 ) -> None:
     loopback, sandbox = both
     loopback.on(FILES, [*steps, DONE])
-    async with nothing_left():
+    async with nothing_left(sandbox):
         task = asyncio.create_task(sandbox.files.read("f") if verb == "read" else sandbox.files.write("f", "x"))  # type: ignore[arg-type]
         async with asyncio.timeout(PATIENCE):
             await loopback.hanging.wait()

@@ -202,35 +202,44 @@ async def test_code_is_sent_again_only_if_no_connection_came_about(
     assert "X-API-KEY" not in executions[0].headers
 
 
-async def test_what_must_not_be_sent_twice_never_travels_on_a_used_connection(state: Path) -> None:
-    """On a kept connection that the server is just closing, nobody could tell whether the code arrived."""
+@pytest.mark.parametrize("closing", [False, True], ids=["kept", "closed by the server as the code arrives"])
+async def test_code_is_sent_once_also_on_a_used_connection_and_a_create_never_travels_on_one(
+    state: Path, closing: bool
+) -> None:
     requests: list[list[str]] = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         mine: list[str] = []
         requests.append(mine)
-        while head := await reader.readuntil(b"\r\n\r\n"):
-            length = re.search(rb"content-length: (\d+)", head.lower())
-            await reader.readexactly(int(length.group(1)) if length else 0)
-            path = head.split()[1].decode()
-            mine.append(path)
-            grant = json.dumps(Server().row_of("i1")).encode()
-            body = b'{"type": "end_of_execution"}\n' if path == "/execute" else grant
-            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body))
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                length = re.search(rb"content-length: (\d+)", head.lower())
+                await reader.readexactly(int(length.group(1)) if length else 0)
+                path = head.split()[1].decode()
+                mine.append(path)
+                if closing and mine.count("/execute") == 2:
+                    break
+                grant = json.dumps(Server().row_of("i1")).encode()
+                body = b'{"type": "end_of_execution"}\n' if path == "/execute" else grant
+                writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body))
+        writer.close()
 
     async with await asyncio.start_unix_server(serve, state / "engine.sock"):
         async with Client(provider="local", state_dir=state) as client:
-            for _ in range(2):
-                sandbox = await client.create()
-                await sandbox.info()
-                await sandbox.info()
-                await sandbox.run_code("print 1")
+            sandbox = await client.create()
+            await sandbox.info()
+            await sandbox.run_code("print 1")
+            if closing:
+                with pytest.raises(TransportError) as caught:
+                    await sandbox.run_code("print 2")
+                assert caught.value.retryable is None
+            else:
+                await sandbox.run_code("print 2")
+            await client.create()
 
-    alone = [paths for paths in requests if len(paths) == 1]
-    assert [["/execute"], ["/execute"], ["/v2/sandboxes"], ["/v2/sandboxes"]] == sorted(
-        p for p in alone if p != ["/health"]
-    )
-    assert ["/sandboxes/i1"] * 4 in requests
+    assert [mine for mine in requests if mine.count("/execute") == 2], "no connection was used again"
+    assert sum(mine.count("/execute") for mine in requests) == 2
+    assert [mine for mine in requests if "/v2/sandboxes" in mine] == [["/v2/sandboxes"], ["/v2/sandboxes"]]
 
 
 async def test_many_executions_at_once_do_not_wait_for_each_others_connections(client: Client, server: Server) -> None:

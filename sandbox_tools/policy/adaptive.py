@@ -1,0 +1,120 @@
+"""The default policy: the threshold that would have cost least so far, for this owner and for all."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import repeat
+from operator import add, mul
+
+from sandbox_tools.errors import ConfigError
+from sandbox_tools.policy.cost import GRID, Terms
+from sandbox_tools.policy.pause import Idle, Period, Plan, planned, seen, vetoed
+from sandbox_tools.policy.prior import PERIODS
+from sandbox_tools.policy.tally import Tally
+
+KAPPA = 30.0
+"""As how many periods of an owner's own the mean of all counts."""
+
+ENOUGH = 30
+"""Periods from which on the statistics are believed; and as how many the shipped ones count."""
+
+SLACK, SHARE = 20.0, 0.25
+"""The budget: how many pauses, and which share of what `BreakEven` would have cost, learning may lose."""
+
+
+class AdaptivePause:
+    """Learns from all owners' idle periods, and from each owner's more the more there are.
+
+    After an idle period the cost of every threshold is known, played or not. The one that would have cost least is
+    played, while it has not lost more against `BreakEven` than a budget: so it never costs more in all than 1.25 times
+    that, and 20 pauses (after Purohit, Svitkina and Kumar, "Improving online algorithms via ML predictions", 2018).
+
+    Args:
+        min_idle: Seconds before which nothing is paused, so that an automatic continuation finds it awake.
+        prior: Whether it begins with what was learned from published traces of coding agents. False: with
+            `BreakEven`, until 30 periods are known.
+
+    Raises:
+        ConfigError: `min_idle` is negative or not finite.
+    """
+
+    def __init__(self, *, min_idle: float = 2.0, prior: bool = True) -> None:
+        if not 0 <= min_idle < math.inf:
+            msg = f"`min_idle` is {min_idle!r}. Pass 0 or more seconds."
+            raise ConfigError(msg)
+        self.min_idle = min_idle
+        self.prior = prior
+
+    def plan(self, idle: Idle, pool: Tally | None = None, own: Tally | None = None) -> Plan:
+        """When a pause costs least on average."""
+        if veto := vetoed(idle):
+            return veto
+
+        terms = idle.terms
+        known = pool or Tally()
+        break_even = min(terms.break_even(seen(terms, pool)), reach(terms))
+        lost = known.played - known.broken_even
+        if lost > SLACK * terms.pause_price(seen(terms, pool)) + SHARE * known.broken_even:
+            reason = f"what was learned has lost ${lost:.2g} so far, so the break-even of {break_even:.3g} s counts"
+            return planned(terms, max(self.min_idle, break_even), reason, self.min_idle)
+
+        if self.prior:
+            known = Tally(count=ENOUGH, costs=[ENOUGH * cost for cost in prior(terms)]) + known
+        if known.count < ENOUGH:
+            reason = f"too little is known, so the break-even of {break_even:.3g} s counts"
+            return planned(terms, max(self.min_idle, break_even), reason, self.min_idle)
+
+        threshold, mean = cheapest(known, own or Tally(), reach(terms))
+        count = own.count if own else 0
+        reason = f"cheapest on average of {known.count} idle periods, {count} of them this owner's"
+        return planned(terms, max(self.min_idle, threshold), reason, self.min_idle, expected=mean)
+
+    def horizon(self, terms: Terms) -> float | None:
+        """The longest threshold there is to learn about, and what a pause after it would take."""
+        return reach(terms) + terms.pause_seconds + terms.resume_seconds
+
+    def learn(self, period: Period, terms: Terms, pool: Tally | None = None) -> Tally:
+        """What every threshold would have cost in it."""
+        # Beyond, all thresholds that could be played would have paused it long before.
+        gap = period.gap if period.gap <= reach(terms) + terms.pause_seconds else math.inf
+        broken_even = min(terms.break_even(seen(terms, pool)), reach(terms))
+        played = broken_even if period.threshold is None else period.threshold
+        return Tally(
+            count=1,
+            costs=[terms.cost(threshold, gap, period.lead) for threshold in GRID],
+            returns=int(gap < math.inf),
+            seen=max(0.0, terms.resume_seconds - period.lead) if gap < math.inf else 0.0,
+            played=terms.cost(played, gap, period.lead),
+            broken_even=terms.cost(max(self.min_idle, broken_even), gap, period.lead),
+        )
+
+    def __repr__(self) -> str:
+        return f"AdaptivePause(min_idle={self.min_idle!r}, prior={self.prior!r})"
+
+
+@lru_cache
+def reach(terms: Terms) -> float:
+    """The longest threshold that is looked at, in seconds: three times the break-even, from 2 minutes to an hour."""
+    return min(max(3 * terms.break_even(seen(terms, None)), 120.0), GRID[-1])
+
+
+@lru_cache
+def prior(terms: Terms) -> Sequence[float]:
+    """Of each threshold in `GRID` what it costs on average, in dollars, by the traces that come with the package."""
+    costs = [[terms.cost(threshold, gap, lead) for threshold in GRID] for gap, lead in PERIODS]
+    return [sum(column) / len(PERIODS) for column in zip(*costs, strict=True)]
+
+
+def cheapest(pool: Tally, own: Tally, longest: float) -> tuple[float, float]:
+    """The threshold of least mean cost, up to `longest` seconds, and that cost in dollars.
+
+    The mean of all counts as `KAPPA` periods of the owner's own.
+    """
+    weight = KAPPA / pool.count
+    means = map(mul, pool.costs, repeat(weight))
+    sums = list(map(add, means, own.costs) if own.count else means)[: bisect_right(GRID, longest)]
+    least = min(sums)
+    return GRID[sums.index(least)], least / (KAPPA + own.count)
