@@ -24,7 +24,7 @@ from sandbox_tools.errors import ConfigError
 
 T = TypeVar("T")
 
-Hint = Literal["new", "creating", "running", "paused", "unknown"]
+Hint = Literal["new", "creating", "running", "frozen", "paused", "unknown"]
 """`creating`: a create was sent and its answer not yet written here. `unknown`: ask the server."""
 
 Unless = Literal["nothing", "leased", "used"]
@@ -41,14 +41,18 @@ CREATE TABLE IF NOT EXISTS sandboxes (
     idle_since REAL NOT NULL,
     fence INTEGER NOT NULL DEFAULT 0,
     holder TEXT,
-    held_until REAL NOT NULL DEFAULT 0
+    held_until REAL NOT NULL DEFAULT 0,
+    created_at REAL NOT NULL DEFAULT 0,
+    due_at REAL,
+    sensitive INTEGER NOT NULL DEFAULT 0,
+    sentinel TEXT
 );
 CREATE INDEX IF NOT EXISTS sandboxes_of_an_owner ON sandboxes (owner);
 CREATE TABLE IF NOT EXISTS threads (
     owner TEXT NOT NULL,
     thread TEXT NOT NULL,
     handle TEXT,
-    lost INTEGER NOT NULL DEFAULT 0,
+    lost TEXT NOT NULL DEFAULT '',
     PRIMARY KEY (owner, thread)
 );
 CREATE TABLE IF NOT EXISTS uses (
@@ -57,7 +61,9 @@ CREATE TABLE IF NOT EXISTS uses (
     owner TEXT NOT NULL,
     thread TEXT NOT NULL,
     handle TEXT,
-    until REAL NOT NULL
+    until REAL NOT NULL,
+    pid INTEGER,
+    kind TEXT NOT NULL DEFAULT 'use'
 );
 """
 
@@ -82,6 +88,17 @@ class Binding:
     awake_until: float
     idle_since: float
     fence: int
+    created_at: float = 0
+    due_at: float | None = None
+    sensitive: bool = False
+    sentinel: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    id: str
+    pid: int | None
+    until: float
 
 
 COLUMNS = ", ".join(field.name for field in fields(Binding))
@@ -108,7 +125,7 @@ class SqliteBindings:
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sandbox-bindings")
         self._opened: sqlite3.Connection | None = None
 
-    async def current(self, owner: str, thread: str, now: float) -> Binding:
+    async def current(self, owner: str, thread: str, now: float, *, sensitive: bool = False) -> Binding:
         """The thread's binding; a new one, with a new handle, if it has none."""
 
         def work(db: sqlite3.Connection) -> Binding:
@@ -116,9 +133,9 @@ class SqliteBindings:
             if found is not None:
                 return found
             handle = new_handle()
-            columns = "(handle, owner, thread, idle_since) VALUES (?, ?, ?, ?)"
+            columns = "(handle, owner, thread, idle_since, created_at, sensitive) VALUES (?, ?, ?, ?, ?, ?)"
             row = db.execute(
-                f"INSERT INTO sandboxes {columns} RETURNING {COLUMNS}", (handle, owner, thread, now)
+                f"INSERT INTO sandboxes {columns} RETURNING {COLUMNS}", (handle, owner, thread, now, now, sensitive)
             ).fetchone()
             _point(db, owner, thread, handle)
             return Binding(**dict(row))
@@ -143,7 +160,7 @@ class SqliteBindings:
 
         return await self._transact(work)
 
-    async def point(self, owner: str, thread: str, handle: str) -> None:
+    async def point(self, owner: str, thread: str, handle: str | None) -> None:
         """Make a sandbox the thread's current one."""
         await self._transact(lambda db: _point(db, owner, thread, handle))
 
@@ -164,16 +181,16 @@ class SqliteBindings:
             )
             if found is not None:
                 db.execute(
-                    "INSERT OR REPLACE INTO uses VALUES (?, ?, ?, ?, ?, ?)", (use, holder, owner, thread, handle, until)
+                    "INSERT OR REPLACE INTO uses (id, holder, owner, thread, handle, until) VALUES (?, ?, ?, ?, ?, ?)", (use, holder, owner, thread, handle, until)
                 )
             return found
 
         return await self._transact(work)
 
-    async def begin_turn(self, owner: str, thread: str, *, use: str, holder: str, until: float) -> None:
+    async def begin_turn(self, owner: str, thread: str, *, use: str, holder: str, until: float, now: float = 0) -> None:
         """Keep whatever sandbox the thread has, or gets, from being paused by a policy until `until`."""
         values = (use, holder, owner, thread, None, until)
-        await self._transact(lambda db: db.execute("INSERT OR REPLACE INTO uses VALUES (?, ?, ?, ?, ?, ?)", values))
+        await self._transact(lambda db: db.execute("INSERT OR REPLACE INTO uses (id, holder, owner, thread, handle, until) VALUES (?, ?, ?, ?, ?, ?)", values))
 
     async def end_use(self, use: str, now: float) -> str | None:
         """End a lease or a turn, and let the idle time of its sandbox begin.
@@ -207,7 +224,8 @@ class SqliteBindings:
             UPDATE sandboxes SET fence = fence + 1, holder = :holder, held_until = :until
             WHERE handle = :handle AND (holder IS NULL OR held_until <= :now)
             AND (:unless = 'nothing' OR NOT EXISTS (
-                SELECT 1 FROM uses WHERE uses.handle = :handle AND uses.until > :now))
+                SELECT 1 FROM uses WHERE uses.handle = :handle AND uses.until > :now
+                AND (kind = 'use' OR :unless = 'used')))
             AND (:unless != 'used' OR NOT EXISTS (
                 SELECT 1 FROM uses JOIN threads USING (owner, thread)
                 WHERE uses.handle IS NULL AND threads.handle = :handle AND uses.until > :now))
@@ -225,10 +243,11 @@ class SqliteBindings:
         return await self._write(held, "", (sandbox_id, state, awake_until))
 
     async def end_transition(
-        self, held: Binding, *, state: Hint, sandbox_id: str | None, awake_until: float = 0
+        self, held: Binding, *, state: Hint, sandbox_id: str | None, awake_until: float = 0, due_at: float | None = None
     ) -> bool:
         """Note the outcome and let others in. False: the fence has passed, nothing was written."""
-        return await self._write(held, ", holder = NULL, held_until = 0", (sandbox_id, state, awake_until))
+        due = "NULL" if due_at is None else repr(due_at)
+        return await self._write(held, f", holder = NULL, held_until = 0, due_at = {due}", (sandbox_id, state, awake_until))
 
     async def _write(self, held: Binding, more: str, values: tuple[str | None, str, float]) -> bool:
         statement = (
@@ -249,7 +268,7 @@ class SqliteBindings:
         """Note what was seen of the sandbox under a lease, where no transition is needed to see it."""
         await self._transact(
             lambda db: db.execute(
-                "UPDATE sandboxes SET state = ?, awake_until = ? WHERE handle = ? AND sandbox_id = ?",
+                "UPDATE sandboxes SET state = ?, awake_until = ?, due_at = NULL WHERE handle = ? AND sandbox_id = ?",
                 (state, awake_until, held.handle, held.sandbox_id),
             )
         )
@@ -268,16 +287,53 @@ class SqliteBindings:
             dropped = db.execute("DELETE FROM sandboxes WHERE handle = ? AND fence = ?", (held.handle, held.fence))
             if dropped.rowcount:
                 db.execute(
-                    "UPDATE threads SET handle = NULL, lost = max(lost, ?) WHERE handle = ?", (lost, held.handle)
+                    "UPDATE threads SET handle = NULL, lost = iif(?, 'sandbox', lost) WHERE handle = ?", (lost, held.handle)
                 )
             return dropped.rowcount == 1
 
         return await self._transact(work)
 
-    async def take_lost(self, owner: str, thread: str) -> bool:
-        """Whether the thread lost its state since it was last told; answers True once."""
-        statement = "UPDATE threads SET lost = 0 WHERE owner = ? AND thread = ? AND lost"
-        return await self._transact(lambda db: db.execute(statement, (owner, thread)).rowcount == 1)
+    async def take_lost(self, owner: str, thread: str) -> frozenset[str]:
+        def work(db):
+            row = db.execute("SELECT lost FROM threads WHERE owner = ? AND thread = ?", (owner, thread)).fetchone()
+            db.execute("UPDATE threads SET lost = '' WHERE owner = ? AND thread = ?", (owner, thread))
+            return frozenset(row["lost"].split()) if row else frozenset()
+        return await self._transact(work)
+
+    async def note_lost(self, handle, *parts):
+        await self._transact(lambda db: db.execute("UPDATE threads SET lost = lost || ' ' || ? WHERE handle = ?", (" ".join(parts), handle)))
+
+    async def mark(self, held, text):
+        await self._transact(lambda db: db.execute("UPDATE sandboxes SET sentinel = ? WHERE handle = ? AND sandbox_id = ?", (text, held.handle, held.sandbox_id)))
+
+    async def get(self, handle):
+        return await self._transact(lambda db: _one(db, "WHERE handle = ?", (handle,)))
+
+    async def adopt(self, owner, thread, handle, *, sandbox_id, state, sensitive, now):
+        def work(db):
+            if db.execute("SELECT 1 FROM sandboxes WHERE handle = ? OR sandbox_id = ?", (handle, sandbox_id)).fetchone():
+                return False
+            db.execute("INSERT INTO sandboxes (handle, owner, thread, sandbox_id, state, idle_since, created_at, sensitive) VALUES (?,?,?,?,?,?,?,?)", (handle, owner, thread, sandbox_id, state, now, now, sensitive))
+            if _current(db, owner, thread) is None:
+                _point(db, owner, thread, handle)
+            return True
+        return await self._transact(work)
+
+    async def hold(self, owner, thread, handle, *, use, pid, until):
+        await self._transact(lambda db: db.execute("INSERT OR REPLACE INTO uses VALUES (?, 'hold', ?, ?, ?, ?, ?, 'hold')", (use, owner, thread, handle, until, pid)))
+
+    async def holds(self, handle, now):
+        return await self._transact(lambda db: [Hold(r["id"], r["pid"], r["until"]) for r in db.execute("SELECT * FROM uses WHERE handle = ? AND kind = 'hold' AND until > ?", (handle, now))])
+
+    async def list_idle(self, before, now):
+        return await self._transact(lambda db: [r["handle"] for r in db.execute("""SELECT handle FROM sandboxes WHERE sandbox_id IS NOT NULL AND state != 'paused' AND coalesce(due_at, 0) <= ?
+            AND (holder IS NULL OR held_until <= ?) AND NOT EXISTS (SELECT 1 FROM uses WHERE uses.handle = sandboxes.handle AND kind = 'use' AND uses.until > ?)
+            AND NOT EXISTS (SELECT 1 FROM uses JOIN threads USING (owner, thread) WHERE uses.handle IS NULL AND threads.handle = sandboxes.handle AND uses.until > ?)""", (before, now, now, now))])
+
+    async def tallies(self, owner, key):
+        return None, None
+
+    async def begin_idle(self, handle, **more): ...
 
     async def renew(self, holder: str, *, now: float, until: float) -> None:
         """Prolong all uses and transitions of one registry, and drop what dead ones left a day ago."""
@@ -366,9 +422,12 @@ def _current(db: sqlite3.Connection, owner: str, thread: str) -> Binding | None:
     return _one(db, where, (owner, thread))
 
 
-def _point(db: sqlite3.Connection, owner: str, thread: str, handle: str) -> None:
+def _point(db: sqlite3.Connection, owner: str, thread: str, handle: str | None) -> None:
     db.execute(
         "INSERT INTO threads (owner, thread, handle) VALUES (?, ?, ?) "
         "ON CONFLICT (owner, thread) DO UPDATE SET handle = excluded.handle",
         (owner, thread, handle),
     )
+
+Bindings = SqliteBindings
+State = str

@@ -109,13 +109,7 @@ class Session:
 
     async def end_turn(self, run: str) -> None:
         """The rest of `turn_ended`, on the loop of the registry."""
-        await self.end_use(self._turn_use(run))
-
-    async def end_use(self, use: str) -> None:
-        """End a turn or a hold, and decide on the sandbox that is idle now."""
-        handle = await self._bindings.end_use(use, self._sessions.clock.time())
-        if handle is not None:
-            await self._sessions.sweeper.settle(handle)
+        await self._sessions.end_use(self._turn_use(run))
 
     async def hold(self, seconds: float) -> None:
         """Keep the thread's sandbox from being paused for that long, beyond turn and process; replaces an earlier hold.
@@ -268,7 +262,7 @@ class Session:
             raise ConfigError(msg)
         use = f"{found.handle}/{name}"
         if not seconds:
-            await self.end_use(use)
+            await self._sessions.end_use(use)
             return
         until = self._sessions.clock.time() + seconds
         await self._bindings.hold(self.owner, self.thread, found.handle, use=use, pid=None, until=until)

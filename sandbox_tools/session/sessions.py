@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from sandbox_tools import paths
 from sandbox_tools.errors import ConfigError
+from sandbox_tools.policy.adaptive import AdaptivePause
 from sandbox_tools.policy.pause import PausePolicy
 from sandbox_tools.session.bindings import Bindings, SqliteBindings
 from sandbox_tools.session.clock import Clock, SystemClock
@@ -203,6 +204,12 @@ class Sessions:
         task.add_done_callback(self._tasks.discard)
         return task
 
+    async def end_use(self, use: str) -> None:
+        """End a turn or a hold, and decide on the sandbox that may be idle now."""
+        handle = await self.bindings.end_use(use, self.clock.time())
+        if handle is not None:
+            await self.sweeper.settle(handle)
+
     async def _settle(self, handle: str) -> None:
         await self.sweeper.settle(handle, closing=self._closed)
 
@@ -214,10 +221,11 @@ class Sessions:
         if not (self.turns or self._tasks):
             return
         now = self.clock.time()
-        for (owner, thread), use in self.turns.forgotten(now - self.turn_limit):
-            said = "the turn %s of the thread %r has been open for %g s without a tool call: it counts as ended"
-            log.warning(said, use, thread, self.turn_limit)
-            await self.session(thread, owner=owner).end_turn(use)
+        for key, use in self.turns.forgotten(now - self.turn_limit):
+            said = "a turn of the thread %r has been open for %g s without a tool call: it counts as ended"
+            log.warning(said, key[1], self.turn_limit)
+            self.turns.drop(key, use)
+            await self.end_use(use)
         await self.bindings.renew(self.holder, now=now, until=now + self.expiry)
         used = {lease.handle for lease in self.turns.leases.values()}
         for owner, thread in self.turns.threads():

@@ -77,7 +77,8 @@ class Sweeper:
 
     async def take_over(self) -> None:
         """Decide on what other processes should have paused and have not, because they are dead or stuck."""
-        for handle in await self._bindings.list_idle(self._clock.time() - LATE):
+        now = self._clock.time()
+        for handle in await self._bindings.list_idle(now - LATE, now):
             await self.settle(handle)
 
     async def _settle(self, handle: str, closing: bool) -> float | None:

@@ -27,6 +27,7 @@ from sandbox_tools.session.clock import Clock
 from sandbox_tools.session.evidence import Evidence
 from sandbox_tools.session.stamps import HANDLE, THREAD, Stamps, stamp
 
+
 if TYPE_CHECKING:
     from sandbox_tools.client import Client, Sandbox
 
@@ -249,6 +250,8 @@ class Transitions:
             # Not even a 404 means lost: a paused sandbox answers it too. The next lease finds out.
             log.warning("could not set the timeout of %s: %s", held.handle, error)
             state = "unknown"
+        if awake := self.awake.get(held.handle):
+            awake.until = self.clock.time() + seconds
         await self.bindings.end_transition(
             held,
             state=state,
@@ -278,7 +281,11 @@ class Transitions:
             if handle not in self.awake:
                 await self.stamps.check(held)
                 self._saw(handle, await self.client.connect(held.sandbox_id, timeout=AWAKE))
-            return {process.pid for process in await self.awake[handle].sandbox.commands.list()}
+            commands = self.awake[handle].sandbox.commands
+            asked = set(commands.started)
+            running = {process.pid for process in await commands.list()}
+            commands.started -= asked - running
+            return running
         except (SandboxStateError, *GONE):
             return None
 

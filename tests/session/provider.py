@@ -62,6 +62,9 @@ class Provider:
     def fail(self, verb: str, error: SandboxError, *, after: bool = False) -> None:
         self.failures.setdefault(verb, []).append((after, error))
 
+    def failing(self) -> bool:
+        return any(self.failures.values())
+
     def gate(self, verb: str) -> tuple[asyncio.Event, asyncio.Event]:
         self.gates[verb], self.reached[verb] = asyncio.Event(), asyncio.Event()
         return self.reached[verb], self.gates[verb]

@@ -128,7 +128,12 @@ async def test_a_loss_is_told_to_every_thread_that_used_the_sandbox_once(binding
     await bindings.point("ann", "u", held.handle)
     held = await hold(bindings, held.handle)
     await bindings.forget(held, lost=True)
-    assert [await bindings.take_lost("ann", thread) for thread in ("t", "u", "t", "v")] == [True, True, False, False]
+    assert [await bindings.take_lost("ann", thread) for thread in ("t", "u", "t", "v")] == [
+        {"sandbox"},
+        {"sandbox"},
+        set(),
+        set(),
+    ]
     assert (await bindings.current("ann", "t", 0)).handle != held.handle
 
 

@@ -7,13 +7,15 @@ import pytest
 from sandbox_tools.errors import ConfigError, ServerError
 from sandbox_tools.policy.pause import PauseAfter
 
-from .test_sessions import states, use
+from .test_sessions import quiet, states, use
 
 
 async def pass_time(sessions, clock, seconds, step=5):
+    await quiet(sessions)
     for _ in range(0, seconds, step):
         clock.advance(step)
         await sessions.sweep()
+        await quiet(sessions)
 
 
 async def start(session):

@@ -11,7 +11,7 @@ from sandbox_tools.errors import OwnershipError
 from sandbox_tools.policy.pause import PauseAfter, Plan
 
 from .provider import Machine
-from .test_sessions import states, use
+from .test_sessions import quiet, states, use
 
 
 def only(provider):
@@ -114,6 +114,7 @@ async def test_an_idle_sandbox_is_frozen_first_and_thawed_by_its_next_use(proces
     assert await use(session) == ["x", "x"]
     assert not only(provider).frozen
     await sessions.sweep()
+    await quiet(sessions)
     assert only(provider).frozen
     clock.advance(30)
     await sessions.sweep()

@@ -9,14 +9,7 @@ import pytest
 from sandbox_tools.errors import ServerError
 from sandbox_tools.policy.pause import PauseAfter
 
-from .test_sessions import states, use
-
-
-async def quiet(sessions):
-    """Everything that was begun in the background has ended."""
-    async with asyncio.timeout(10):
-        while sessions._tasks:
-            await asyncio.wait(sessions._tasks)
+from .test_sessions import quiet, states, use
 
 
 async def asleep(session):
