@@ -52,6 +52,10 @@ class Period:
     lead: float
 
 
+OBSERVED = 600.0
+"""Seconds for which a trace without marks must go on after a session's last turn to say that nobody came back."""
+
+
 def read(path: Path) -> list[Period]:
     """The idle periods of a trace, in the order in which they begin."""
     sessions: dict[str, list[dict[str, str]]] = {}
@@ -59,13 +63,15 @@ def read(path: Path) -> list[Period]:
         for row in csv.DictReader(file):
             sessions.setdefault(row["conv"], []).append(row)
 
+    last = max(float(turn["start_s"]) for turns in sessions.values() for turn in turns)
     periods = []
     for session, turns in sessions.items():
         turns.sort(key=lambda turn: float(turn["start_s"]))
         for turn, after in zip(turns, [*turns[1:], None], strict=True):
-            if after is None and turn.get("last_gap_censored") == "1":
+            began = float(turn.get("end_s") or turn["end_s_est"])
+            unsure = turn["last_gap_censored"] == "1" if "last_gap_censored" in turn else began > last - OBSERVED
+            if after is None and unsure:
                 continue
-            began = float(turn["end_s"])
             gap = math.inf if after is None else max(0.0, float(after["start_s"]) - began)
             lead = float(after["first_tool_s"]) if after and after.get("first_tool_s") else math.inf
             owner = turn.get("user") or session

@@ -11,7 +11,7 @@ from operator import add, mul
 
 from sandbox_tools.errors import ConfigError
 from sandbox_tools.policy.cost import GRID, Terms
-from sandbox_tools.policy.pause import Idle, Period, Plan, planned, seen, vetoed
+from sandbox_tools.policy.pause import LONGEST, Idle, Period, Plan, planned, seen, vetoed
 from sandbox_tools.policy.prior import PERIODS
 from sandbox_tools.policy.tally import Tally
 
@@ -55,9 +55,9 @@ class AdaptivePause:
 
         terms = idle.terms
         known = pool or Tally()
-        break_even = min(terms.break_even(seen(terms, pool)), reach(terms))
+        break_even = min(terms.break_even(seen(terms)), reach(terms))
         lost = known.played - known.broken_even
-        if lost > SLACK * terms.pause_price(seen(terms, pool)) + SHARE * known.broken_even:
+        if lost > SLACK * terms.pause_price(seen(terms)) + SHARE * known.broken_even:
             reason = f"what was learned has lost ${lost:.2g} so far, so the break-even of {break_even:.3g} s counts"
             return planned(terms, max(self.min_idle, break_even), reason, self.min_idle)
 
@@ -76,17 +76,15 @@ class AdaptivePause:
         """The longest threshold there is to learn about, and what a pause after it would take."""
         return reach(terms) + terms.pause_seconds + terms.resume_seconds
 
-    def learn(self, period: Period, terms: Terms, pool: Tally | None = None) -> Tally:
+    def learn(self, period: Period, terms: Terms) -> Tally:
         """What every threshold would have cost in it."""
         # Beyond, all thresholds that could be played would have paused it long before.
         gap = period.gap if period.gap <= reach(terms) + terms.pause_seconds else math.inf
-        broken_even = min(terms.break_even(seen(terms, pool)), reach(terms))
+        broken_even = min(terms.break_even(seen(terms)), reach(terms))
         played = broken_even if period.threshold is None else period.threshold
         return Tally(
             count=1,
             costs=[terms.cost(threshold, gap, period.lead) for threshold in GRID],
-            returns=int(gap < math.inf),
-            seen=max(0.0, terms.resume_seconds - period.lead) if gap < math.inf else 0.0,
             played=terms.cost(played, gap, period.lead),
             broken_even=terms.cost(max(self.min_idle, broken_even), gap, period.lead),
         )
@@ -98,7 +96,7 @@ class AdaptivePause:
 @lru_cache
 def reach(terms: Terms) -> float:
     """The longest threshold that is looked at, in seconds: three times the break-even, from 2 minutes to an hour."""
-    return min(max(3 * terms.break_even(seen(terms, None)), 120.0), GRID[-1])
+    return min(max(3 * terms.break_even(seen(terms)), 120.0), LONGEST)
 
 
 @lru_cache

@@ -57,7 +57,7 @@ class Learner:
             terms, owner = opened.idle.terms, opened.idle.owner
             key = terms.key
             period = Period(gap=opened.gap, lead=opened.lead, threshold=opened.threshold)
-            delta = self.policy.learn(period, terms, self._pools.get(key))
+            delta = self.policy.learn(period, terms)
             self._pools[key] = self._pools.get(key, _NONE) + delta
             self._owners[key, owner] = self._owners.get((key, owner), _NONE) + delta
 

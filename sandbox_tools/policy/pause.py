@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 from sandbox_tools.errors import ConfigError
 from sandbox_tools.policy.cost import Terms
+from sandbox_tools.policy.prior import PERIODS
 from sandbox_tools.policy.tally import Tally
 
 
@@ -80,7 +82,7 @@ class PausePolicy(Protocol):
         """
         ...
 
-    def learn(self, period: Period, terms: Terms, pool: Tally | None = None) -> Tally:
+    def learn(self, period: Period, terms: Terms) -> Tally:
         """What to add to both tallies."""
         ...
 
@@ -92,7 +94,7 @@ class Unlearning:
         """Never."""
         return None
 
-    def learn(self, period: Period, terms: Terms, pool: Tally | None = None) -> Tally:
+    def learn(self, period: Period, terms: Terms) -> Tally:
         """Nothing."""
         return Tally()
 
@@ -144,7 +146,7 @@ class BreakEven(Unlearning):
 
     def plan(self, idle: Idle, pool: Tally | None = None, own: Tally | None = None) -> Plan:
         """At the point of break-even."""
-        seconds = max(self.min_idle, min(idle.terms.break_even(seen(idle.terms, pool)), LONGEST))
+        seconds = max(self.min_idle, min(idle.terms.break_even(seen(idle.terms)), LONGEST))
         reason = f"idling for {seconds:.3g} s costs as much as a pause and a resume"
         return vetoed(idle) or planned(idle.terms, seconds, reason, self.min_idle)
 
@@ -156,12 +158,18 @@ LONGEST = 3600.0
 """Seconds after which any policy but `Never` pauses: what is merely frozen does not survive the machine."""
 
 
-def seen(terms: Terms, pool: Tally | None) -> float:
-    """Seconds of a resume that a user sees, on average: all, or what is left where it begins with the message."""
+@lru_cache
+def seen(terms: Terms, wait: float | None = None) -> float:
+    """Seconds that a user sees, on average, of a wait; None: of a resume.
+
+    All of it, or what is left where the resume begins with the message: by the traces that come with the package,
+    where one turn in a hundred calls its first tool within 3.3 s.
+    """
+    wait = terms.resume_seconds if wait is None else wait
     if not terms.early_resume:
-        return terms.resume_seconds
-    # Of real turns one in a hundred calls its first tool within 3.3 s: until more is known a resume counts as unseen.
-    return pool.seen / pool.returns if pool and pool.returns else 0.0
+        return wait
+    leads = [lead for gap, lead in PERIODS if gap < math.inf]
+    return sum(max(0.0, wait - lead) for lead in leads) / len(leads)
 
 
 def vetoed(idle: Idle) -> Plan | None:

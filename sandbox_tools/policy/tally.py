@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from sandbox_tools.policy.cost import GRID
 
-_HEAD = struct.Struct("<BxxxIIddd")
+_HEAD = struct.Struct("<BxxxIdd")
 _VERSION = 1
 
 
@@ -20,16 +20,12 @@ class Tally:
     Attributes:
         count: How many periods.
         costs: Of each threshold in `GRID`, the dollars that all would have cost with it. Empty: no periods.
-        returns: In how many the user came back.
-        seen: Seconds of resuming that they would have seen, summed.
         played: Dollars that they did cost.
         broken_even: Dollars that they would have cost under `BreakEven`.
     """
 
     count: int = 0
     costs: Sequence[float] = ()
-    returns: int = 0
-    seen: float = 0.0
     played: float = 0.0
     broken_even: float = 0.0
 
@@ -41,15 +37,13 @@ class Tally:
         return Tally(
             count=self.count + other.count,
             costs=costs,
-            returns=self.returns + other.returns,
-            seen=self.seen + other.seen,
             played=self.played + other.played,
             broken_even=self.broken_even + other.broken_even,
         )
 
     def to_bytes(self) -> bytes:
         """As `from_bytes` takes it: less than 1 KiB."""
-        head = _HEAD.pack(_VERSION, self.count, self.returns, self.seen, self.played, self.broken_even)
+        head = _HEAD.pack(_VERSION, self.count, self.played, self.broken_even)
         return head + struct.pack(f"<{len(self.costs)}d", *self.costs)
 
     @classmethod
@@ -57,6 +51,6 @@ class Tally:
         """What `to_bytes` gave; none, where it is of another version of this package."""
         if len(data) < _HEAD.size or data[0] != _VERSION or len(data) - _HEAD.size not in (0, 8 * len(GRID)):
             return cls()
-        _, count, returns, seen, played, broken_even = _HEAD.unpack_from(data)
+        _, count, played, broken_even = _HEAD.unpack_from(data)
         costs = array("d", struct.unpack_from(f"<{(len(data) - _HEAD.size) // 8}d", data, _HEAD.size))
-        return cls(count=count, costs=costs, returns=returns, seen=seen, played=played, broken_even=broken_even)
+        return cls(count=count, costs=costs, played=played, broken_even=broken_even)

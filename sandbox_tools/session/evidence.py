@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import math
+from functools import partial
 from typing import TYPE_CHECKING
 
 from sandbox_tools.errors import SandboxError
 from sandbox_tools.policy.cost import GIB_PRICE, VCPU_PRICE, Terms, measured
-from sandbox_tools.policy.pause import Idle, Plan, PausePolicy
+from sandbox_tools.policy.pause import Idle, PausePolicy, Plan
+from sandbox_tools.policy.savings import Change, State
 from sandbox_tools.policy.tally import Tally
-from sandbox_tools.session.bindings import Binding, Bindings, State
+from sandbox_tools.session.bindings import Bindings
 from sandbox_tools.session.clock import Clock
+from sandbox_tools.session.rows import Binding, Ended
 
 if TYPE_CHECKING:
     from sandbox_tools.client import Client
@@ -68,19 +71,38 @@ class Evidence:
     async def plan(self, held: Binding) -> Plan:
         """What to do in the idle period that has begun; it is evidence from now on."""
         terms = await self._terms(held)
-        pool, own = map(_tally, await self._bindings.tallies(held.owner, terms.key))
+        pool, own = await self._bindings.tallies(held.owner, terms.key)
         plan = self._policy.plan(Idle(owner=held.owner, began=held.idle_since, terms=terms), pool, own)
         if self._policy.horizon(terms) is not None:
             await self._bindings.begin_idle(
-                held.handle, owner=held.owner, began=held.idle_since, key=terms.key, threshold=plan.pause_after
+                held.handle, owner=held.owner, began=held.idle_since, terms=terms.key, threshold=plan.pause_after
             )
         return plan
 
     async def absorb(self) -> None:
         """Let all idle periods become evidence whose horizon is reached."""
+        for key, terms in list(self._known.items()):
+            horizon = self._policy.horizon(terms)
+            if horizon is not None:
+                learn = partial(self._learned, terms)
+                await self._bindings.absorb(key, began_before=self._clock.time() - horizon, learn=learn)
 
-    async def changed(self, binding: Binding, state: State, *, waited: float = 0.0) -> None:
-        """A line for the savings report: what the sandbox does from now on."""
+    async def changed(self, held: Binding, state: State, *, waited: float = 0.0) -> None:
+        """A line for the savings report: what the sandbox does from now on.
+
+        Args:
+            waited: Seconds that its user has just waited for it.
+        """
+        terms = await self._terms(held)
+        change = Change(
+            at=self._clock.time(),
+            state=state,
+            idle_since=held.idle_since,
+            running=terms.running,
+            frozen=terms.frozen or 0.0,
+            waited=waited,
+        )
+        await self._bindings.record(held.handle, held.owner, held.thread, change)
 
     async def used(self, handle: str, *, lead: float | None, waited: float) -> None:
         """The first use"""
@@ -111,6 +133,7 @@ class Evidence:
         self._known[terms.key] = terms
         return terms
 
-
-def _tally(data: bytes | None) -> Tally | None:
-    return None if data is None else Tally.from_bytes(data)
+    def _learned(self, terms: Terms, ended: Ended) -> Tally:
+        gap = math.inf if ended.ended is None else max(0.0, ended.ended - ended.began)
+        lead = math.inf if ended.lead is None else ended.lead
+        return self._policy.learn(Period(gap=gap, lead=lead, threshold=ended.threshold), terms)

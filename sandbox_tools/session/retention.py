@@ -9,8 +9,9 @@ from datetime import UTC, datetime, timedelta
 
 from sandbox_tools.errors import SandboxBusyError, SandboxError
 from sandbox_tools.models import SandboxInfo
-from sandbox_tools.session.bindings import Binding, Bindings
+from sandbox_tools.session.bindings import Bindings
 from sandbox_tools.session.clock import Clock
+from sandbox_tools.session.rows import Binding
 from sandbox_tools.session.stamps import HANDLE, OWNER
 from sandbox_tools.session.transitions import AWAKE, Transitions
 

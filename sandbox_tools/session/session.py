@@ -203,7 +203,12 @@ class Session:
         for use in unwritten:
             now = self._sessions.clock.time()
             await self._bindings.begin_turn(
-                self.owner, self.thread, use=use, holder=self._sessions.holder, now=now, until=now + self._sessions.expiry
+                self.owner,
+                self.thread,
+                use=use,
+                holder=self._sessions.holder,
+                now=now,
+                until=now + self._sessions.expiry,
             )
         return unwritten
 
@@ -219,7 +224,9 @@ class Session:
                 still=lambda: any(self._turns.has(self._key, turn) for turn in turns),
             )
         except SandboxError as error:
-            log.info("could not wake the sandbox of %r ahead of its turn; the first tool call tries: %s", self.thread, error)
+            log.info(
+                "could not wake the sandbox of %r ahead of its turn; the first tool call tries: %s", self.thread, error
+            )
         finally:
             if not self._sessions.finished:
                 self._idle(await self._bindings.end_use(use, self._sessions.clock.time()))
@@ -227,9 +234,7 @@ class Session:
     async def _open(self, use: str) -> Sandbox:
         began = self._sessions.clock.time()
         await self._write_turns()
-        handle, sandbox = await self._transitions.open(
-            self.owner, self.thread, use=use, sensitive=self.sensitive
-        )
+        handle, sandbox = await self._transitions.open(self.owner, self.thread, use=use, sensitive=self.sensitive)
         self._turns.leases[use] = Lease(self._key, handle)
         lead = self._turns.lead(self._key, began)
         await self._sessions.evidence.used(handle, lead=lead, waited=self._sessions.clock.time() - began)
@@ -244,7 +249,12 @@ class Session:
         if lease is not None:
             for pid in opening.result().commands.started:
                 await self._bindings.hold(
-                    self.owner, self.thread, lease.handle, use=f"{lease.handle}/{pid}", pid=pid, until=now + COMMAND_LIMIT
+                    self.owner,
+                    self.thread,
+                    lease.handle,
+                    use=f"{lease.handle}/{pid}",
+                    pid=pid,
+                    until=now + COMMAND_LIMIT,
                 )
         self._idle(await self._bindings.end_use(use, now))
 

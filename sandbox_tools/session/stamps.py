@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from sandbox_tools.errors import OwnershipError
 from sandbox_tools.models import SandboxInfo
-from sandbox_tools.session.bindings import Binding, Bindings
+from sandbox_tools.session.bindings import Bindings
 from sandbox_tools.session.clock import Clock
+from sandbox_tools.session.rows import Binding
 
 if TYPE_CHECKING:
     from sandbox_tools.client import Client

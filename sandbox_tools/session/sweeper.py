@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from sandbox_tools.errors import SandboxError
 from sandbox_tools.policy.pause import Plan
-from sandbox_tools.session.bindings import Binding, Bindings, Hold
+from sandbox_tools.session.bindings import Bindings
 from sandbox_tools.session.clock import Clock
 from sandbox_tools.session.evidence import Evidence
+from sandbox_tools.session.rows import Binding, Hold
 from sandbox_tools.session.transitions import AWAKE, Transitions
 
 if TYPE_CHECKING:

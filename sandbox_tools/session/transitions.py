@@ -22,11 +22,11 @@ from sandbox_tools.errors import (
     SandboxStateError,
     StateLostError,
 )
-from sandbox_tools.session.bindings import Binding, Bindings, Hint, Unless
+from sandbox_tools.session.bindings import Bindings
 from sandbox_tools.session.clock import Clock
 from sandbox_tools.session.evidence import Evidence
+from sandbox_tools.session.rows import Binding, Hint, Unless
 from sandbox_tools.session.stamps import HANDLE, THREAD, Stamps, stamp
-
 
 if TYPE_CHECKING:
     from sandbox_tools.client import Client, Sandbox
