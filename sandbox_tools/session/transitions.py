@@ -20,7 +20,8 @@ from sandbox_tools.errors import (
     SandboxExpiredError,
 )
 from sandbox_tools.models import SandboxInfo
-from sandbox_tools.policy.pause import Activity, PausePolicy
+from sandbox_tools.policy.cost import Terms
+from sandbox_tools.policy.pause import Idle, PausePolicy
 from sandbox_tools.session.bindings import Binding, Hint, SqliteBindings, Unless
 from sandbox_tools.session.clock import Clock
 
@@ -160,15 +161,17 @@ class Transitions:
             if held is None or held.sandbox_id is None or held.state == "paused":
                 return None
             now = self.clock.time()
-            decision = self.policy.decide(Activity(idle_since=held.idle_since), now)
-            if decision.pause_after is None:
+            terms = Terms.of(vcpu=2, gib=2)
+            plan = self.policy.plan(Idle(owner=held.owner, began=held.idle_since, terms=terms))
+            if plan.pause_after is None:
                 return None
-            if closing or decision.pause_after <= 0:
-                log.info("pausing %s: %s", handle, decision.reason)
+            left = held.idle_since + plan.pause_after - now
+            if closing or left <= 0:
+                log.info("pausing %s: %s", handle, plan.reason)
                 await self._pause(held)
                 return None
-            await self._arm(held, math.ceil(decision.pause_after) + GRACE)
-            return now + decision.pause_after
+            await self._arm(held, math.ceil(left) + GRACE)
+            return now + left
 
     async def kill(self, handle: str) -> bool:
         """End the sandbox and forget its binding, whoever uses it. True: there was one.
