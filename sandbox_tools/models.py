@@ -85,6 +85,15 @@ class Lifecycle(Wire):
     on_timeout: Literal["kill", "pause"] = "kill"
 
 
+class Spent(Wire):
+    """Seconds in each state since a sandbox was created."""
+
+    running: float = 0.0
+    """Frozen ones are not counted here."""
+    frozen: float = 0.0
+    paused: float = 0.0
+
+
 class SandboxInfo(Wire):
     """One row of a listing, or the answer to info."""
 
@@ -107,6 +116,10 @@ class SandboxInfo(Wire):
     """RAM held on the host now, 0 when paused. None: the provider does not say (only the local engine does)."""
     snapshot_bytes: int | None = None
     """Bytes on disk of the memory snapshot, 0 while running. None: the provider does not say."""
+    frozen_since: datetime | None = None
+    """When its processes were stopped, its RAM held; `state` is `"running"` then. None: they run, or it is paused."""
+    spent: Spent | None = None
+    """What it has been doing all its life. None: the provider does not say (only the local engine does)."""
 
 
 class Metric(Wire):
