@@ -170,7 +170,7 @@ class Lifecycle:
         await self._end_run(entry, "the sandbox is paused")
 
     async def write_image(self, entry: Entry, final: Path, description: str | None = None) -> snapshots.Manifest:
-        """An image of a running sandbox, which stands still meanwhile and goes on, its streams unbroken; or stays frozen.
+        """An image of a running sandbox, which stands still meanwhile and not longer, unless it is frozen.
 
         Args:
             final: Where the image will be.
