@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -306,6 +307,31 @@ def test_freezing_and_using_a_sandbox_at_once_keeps_nobody_waiting_and_loses_not
     assert statuses.count(204) > 1
     assert values == ["2"] * 45
     assert box.value("count") == "45"
+
+
+def test_a_freeze_between_the_thaw_for_a_request_and_the_request_itself_is_undone(inside: EngineInside) -> None:
+    """Nothing is sent into a sandbox that stands still: it would wait for whoever comes next."""
+    box = inside.create()
+    freeze(box)
+    supervisor = inside.supervisor
+    entry = supervisor.entry(box.id)
+
+    async def request() -> bool:
+        return (await supervisor.for_traffic(box.id)).awake
+
+    async def at_once() -> bool:
+        async with entry.lock:
+            asked = asyncio.create_task(request())
+            while len(entry.lock._waiters or ()) < 1:
+                await asyncio.sleep(0)
+            freezing = asyncio.create_task(supervisor.freeze(box.id))
+            while len(entry.lock._waiters or ()) < 2:
+                await asyncio.sleep(0)
+        await freezing
+        return await asked
+
+    assert inside.do(at_once())
+    box.kill()
 
 
 def test_a_freeze_and_a_pause_at_once_end_in_a_pause(box: Box) -> None:
