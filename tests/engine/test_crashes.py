@@ -112,11 +112,11 @@ def test_a_running_sandbox_that_cannot_be_reached_is_kept_until_it_can(own_engin
     own_engine.kill()
     container = int(next((own_engine.state / "sandboxes" / box.id).glob("run-*/pid")).read_text())
     # What gVisor runs the guest in, and not gVisor itself, which a new engine would let go on.
-    for process in usage._with_descendants(container)[1:]:
+    for process in usage.with_descendants(container)[1:]:
         os.kill(process, signal.SIGSTOP)
     own_engine.start()
     assert "can't be reached" in own_engine.log()
-    for process in usage._with_descendants(container)[1:]:
+    for process in usage.with_descendants(container)[1:]:
         os.kill(process, signal.SIGCONT)
 
     assert box.info()["state"] == "running"
