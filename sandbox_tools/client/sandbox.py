@@ -325,6 +325,10 @@ class Sandbox:
         """Whether a connection from before the pause may be kept still, which leads nowhere."""
         return time.monotonic() - self._resumed_at < KEEPALIVE_EXPIRY
 
+    async def freeze(self) -> bool:
+        """As `Client.freeze`."""
+        return await self._client.freeze(self.id)
+
     async def kill(self) -> bool:
         """As `Client.kill`."""
         return await self._client.kill(self.id)
