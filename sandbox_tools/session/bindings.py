@@ -104,12 +104,9 @@ class Bindings(Notes):
         sensitive: bool,
         now: float,
     ) -> bool:
-        """Bind a sandbox that was found by its stamp, and whose binding was lost.
+        """Bind a sandbox that was found by its stamp, and whose binding was lost; False: it is bound already.
 
         A thread that has no sandbox, or one that was never made, has it as its own then.
-
-        Returns:
-            False: that handle or sandbox is bound already; nothing was changed.
         """
 
         def work(db: Connection) -> bool:
@@ -147,8 +144,7 @@ class Bindings(Notes):
     ) -> Binding | None:
         """Keep the sandbox from being paused until `until`; its idle period is over.
 
-        Args:
-            ahead: Nothing is sent to it yet: it is woken for a tool call that may come.
+        `ahead`: it is only woken, for a tool call that may come.
 
         Returns:
             Its binding. None: it is in a transition or gone; look again.
@@ -242,8 +238,8 @@ class Bindings(Notes):
 
     async def defer(self, handle: str, due_at: float, awake_until: float) -> None:
         """Note when what holds the sandbox is looked at again, and how long the server's timer lets it run."""
-        statement = "UPDATE sandboxes SET due_at = :due_at, awake_until = :awake_until WHERE handle = :handle"
-        await self._transact(lambda db: db.run(statement, due_at=due_at, awake_until=awake_until, handle=handle))
+        statement = "UPDATE sandboxes SET due_at = :due_at, awake_until = :until WHERE handle = :handle"
+        await self._transact(lambda db: db.run(statement, due_at=due_at, until=awake_until, handle=handle))
 
     # Transitions.
 
