@@ -9,17 +9,24 @@ if TYPE_CHECKING:
     from sandbox_tools.client import Client, Sandbox
     from sandbox_tools.errors import SandboxError
     from sandbox_tools.models import Execution, SandboxInfo
-    from sandbox_tools.policy.pause import Never, PauseAfter
-    from sandbox_tools.session.session import PausedSandbox, Session
+    from sandbox_tools.policy.adaptive import AdaptivePause
+    from sandbox_tools.policy.pause import BreakEven, Never, PauseAfter
+    from sandbox_tools.session.bindings import PostgresBindings, SqliteBindings
+    from sandbox_tools.session.retention import PausedSandbox, Retention
+    from sandbox_tools.session.session import Session
     from sandbox_tools.session.sessions import Sessions
     from sandbox_tools.tools.langchain import SandboxCallback, SandboxToolkit
 
 __all__ = [
+    "AdaptivePause",
+    "BreakEven",
     "Client",
     "Execution",
     "Never",
     "PauseAfter",
     "PausedSandbox",
+    "PostgresBindings",
+    "Retention",
     "Sandbox",
     "SandboxCallback",
     "SandboxError",
@@ -27,14 +34,18 @@ __all__ = [
     "SandboxToolkit",
     "Session",
     "Sessions",
+    "SqliteBindings",
 ]
 
 _HOMES = {
     "client": ("Client", "Sandbox"),
     "errors": ("SandboxError",),
     "models": ("Execution", "SandboxInfo"),
-    "policy.pause": ("Never", "PauseAfter"),
-    "session.session": ("PausedSandbox", "Session"),
+    "policy.adaptive": ("AdaptivePause",),
+    "policy.pause": ("BreakEven", "Never", "PauseAfter"),
+    "session.bindings": ("PostgresBindings", "SqliteBindings"),
+    "session.retention": ("PausedSandbox", "Retention"),
+    "session.session": ("Session",),
     "session.sessions": ("Sessions",),
     "tools.langchain": ("SandboxCallback", "SandboxToolkit"),
 }

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
 from functools import lru_cache
-from itertools import repeat
-from operator import add, mul
+from operator import add
 
 from sandbox_tools.errors import ConfigError
 from sandbox_tools.policy.cost import GRID, Terms
@@ -62,57 +60,64 @@ class AdaptivePause:
             return planned(terms, max(self.min_idle, break_even), reason, self.min_idle)
 
         if self.prior:
-            known = Tally(count=ENOUGH, costs=[ENOUGH * cost for cost in prior(terms)]) + known
+            known = prior(terms.rounded()) + known
         if known.count < ENOUGH:
             reason = f"too little is known, so the break-even of {break_even:.3g} s counts"
             return planned(terms, max(self.min_idle, break_even), reason, self.min_idle)
 
-        threshold, mean = cheapest(known, own or Tally(), reach(terms))
+        threshold, mean = cheapest(known, own or Tally(), self.min_idle, reach(terms))
         count = own.count if own else 0
         reason = f"cheapest on average of {known.count} idle periods, {count} of them this owner's"
-        return planned(terms, max(self.min_idle, threshold), reason, self.min_idle, expected=mean)
+        return planned(terms, threshold, reason, self.min_idle, expected=mean)
 
     def horizon(self, terms: Terms) -> float | None:
         """The longest threshold there is to learn about, and what a pause after it would take."""
-        return reach(terms) + terms.pause_seconds + terms.resume_seconds
+        rounded = terms.rounded()
+        return reach(terms) + rounded.pause_seconds + rounded.resume_seconds
+
+    def price(self, period: Period, terms: Terms) -> Tally:
+        """What it cost, and what `BreakEven` would have."""
+        even = max(self.min_idle, min(terms.break_even(seen(terms)), reach(terms)))
+        broken_even = terms.cost(even, period.gap, period.lead)
+        threshold = period.threshold
+        played = broken_even if threshold is None else terms.cost(threshold, period.gap, period.lead)
+        return Tally(played=played, broken_even=broken_even)
 
     def learn(self, period: Period, terms: Terms) -> Tally:
         """What every threshold would have cost in it."""
         # Beyond, all thresholds that could be played would have paused it long before.
         gap = period.gap if period.gap <= reach(terms) + terms.pause_seconds else math.inf
-        broken_even = min(terms.break_even(seen(terms)), reach(terms))
-        played = broken_even if period.threshold is None else period.threshold
-        return Tally(
-            count=1,
-            costs=[terms.cost(threshold, gap, period.lead) for threshold in GRID],
-            played=terms.cost(played, gap, period.lead),
-            broken_even=terms.cost(max(self.min_idle, broken_even), gap, period.lead),
-        )
+        costs = Tally(count=1, costs=[terms.cost(threshold, gap, period.lead) for threshold in GRID])
+        return costs if period.priced else costs + self.price(period, terms)
 
     def __repr__(self) -> str:
         return f"AdaptivePause(min_idle={self.min_idle!r}, prior={self.prior!r})"
 
 
-@lru_cache
 def reach(terms: Terms) -> float:
     """The longest threshold that is looked at, in seconds: three times the break-even, from 2 minutes to an hour."""
+    terms = terms.rounded()
     return min(max(3 * terms.break_even(seen(terms)), 120.0), LONGEST)
 
 
 @lru_cache
-def prior(terms: Terms) -> Sequence[float]:
-    """Of each threshold in `GRID` what it costs on average, in dollars, by the traces that come with the package."""
+def prior(terms: Terms) -> Tally:
+    """What the traces that come with the package teach, as `ENOUGH` periods."""
     costs = [[terms.cost(threshold, gap, lead) for threshold in GRID] for gap, lead in PERIODS]
-    return [sum(column) / len(PERIODS) for column in zip(*costs, strict=True)]
+    weight = ENOUGH / len(PERIODS)
+    return Tally(count=ENOUGH, costs=[weight * sum(column) for column in zip(*costs, strict=True)])
 
 
-def cheapest(pool: Tally, own: Tally, longest: float) -> tuple[float, float]:
-    """The threshold of least mean cost, up to `longest` seconds, and that cost in dollars.
+def cheapest(pool: Tally, own: Tally, shortest: float, longest: float) -> tuple[float, float]:
+    """The threshold of least mean cost within these bounds, in seconds, and that cost in dollars.
 
     The mean of all counts as `KAPPA` periods of the owner's own.
     """
     weight = KAPPA / pool.count
-    means = map(mul, pool.costs, repeat(weight))
-    sums = list(map(add, means, own.costs) if own.count else means)[: bisect_right(GRID, longest)]
-    least = min(sums)
-    return GRID[sums.index(least)], least / (KAPPA + own.count)
+    sums = [weight * cost for cost in pool.costs]
+    if own.count:
+        sums = list(map(add, sums, own.costs))
+    # `shortest` itself costs about as much as the step of the grid before it.
+    first, end = bisect_right(GRID, shortest) - 1, bisect_right(GRID, longest)
+    least = min(range(first, max(end, first + 1)), key=sums.__getitem__)
+    return max(shortest, GRID[least]), sums[least] / (KAPPA + own.count)

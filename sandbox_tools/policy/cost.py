@@ -8,7 +8,7 @@ the model thinks anyway is not seen, and costs nothing, where the resume begins 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 VCPU_PRICE, GIB_PRICE = 0.000014, 0.0000045
 """Dollars a second for each vCPU and GiB of RAM that run: E2B's public price list. Paused is free."""
@@ -82,9 +82,14 @@ class Terms:
     @property
     def key(self) -> str:
         """What is learned under other terms is not mixed with this: the terms, times to about a fifth."""
-        times = (round(math.log2(max(seconds, 0.01)) * 4) for seconds in (self.pause_seconds, self.resume_seconds))
+        times = map(str, map(_step, (self.pause_seconds, self.resume_seconds)))
         rates = (f"{self.running:.3g}", "-" if self.frozen is None else f"{self.frozen:.3g}", f"{self.wait_price:g}")
-        return "/".join((*rates, *map(str, times), f"{self.early_resume:d}{self.abortable:d}"))
+        return "/".join((*rates, *times, f"{self.early_resume:d}{self.abortable:d}"))
+
+    def rounded(self) -> Terms:
+        """The same for all terms of one `key`, however far measured times have moved within it."""
+        pause, resume = (2 ** (_step(seconds) / 4) for seconds in (self.pause_seconds, self.resume_seconds))
+        return replace(self, pause_seconds=pause, resume_seconds=resume)
 
     @property
     def idling(self) -> float:
@@ -140,6 +145,10 @@ class Terms:
         if self.abortable:
             return 2.0
         return 2.0 + self.wait_price * (seen_blocked - seen) / self.pause_price(seen)
+
+
+def _step(seconds: float) -> int:
+    return round(math.log2(max(seconds, 0.01)) * 4)
 
 
 def measured(before: float | None, seconds: float) -> float:

@@ -14,10 +14,21 @@ _NONE = Tally()
 
 @dataclass(slots=True, kw_only=True)
 class _Open:
+    """An idle period until it is evidence.
+
+    Attributes:
+        back: When the user came back, in seconds since the epoch. inf: not yet.
+        lead: As in `Period`. None: not known yet.
+        priced: As in `Period`.
+        replaced: Whether the same idle period was asked about again, so that this is no evidence of its own.
+    """
+
     idle: Idle
     threshold: float | None
-    gap: float = math.inf
-    lead: float = 0.0
+    back: float = math.inf
+    lead: float | None = None
+    priced: bool = False
+    replaced: bool = False
 
 
 class Learner:
@@ -34,6 +45,9 @@ class Learner:
     def turn_ended(self, sandbox: str, idle: Idle) -> Plan:
         """An idle period of that sandbox begins; what to do in it."""
         self.advance(idle.began)
+        if before := self._open.pop(sandbox, None):
+            before.replaced = before.back == math.inf
+            self._price(before, lead=math.inf)
         key = idle.terms.key
         plan = self.policy.plan(idle, self._pools.get(key), self._owners.get((key, idle.owner)))
         horizon = self.policy.horizon(idle.terms)
@@ -43,23 +57,45 @@ class Learner:
             heapq.heappush(self._due, (idle.began + horizon, self._number, opened))
         return plan
 
-    def turn_started(self, sandbox: str, now: float, *, lead: float = 0.0) -> None:
-        """It is over at `now`, in seconds since the epoch; `lead` as in `Period`."""
+    def turn_started(self, sandbox: str, now: float) -> None:
+        """It is over at `now`, in seconds since the epoch."""
+        self.advance(now)
+        opened = self._open.get(sandbox)
+        if opened is not None and opened.back == math.inf:
+            opened.back = max(opened.idle.began, now)
+
+    def tool_called(self, sandbox: str, now: float) -> None:
+        """The turn after it has called its first tool; a turn that ends without has called none."""
         self.advance(now)
         opened = self._open.pop(sandbox, None)
         if opened is not None:
-            opened.gap, opened.lead = max(0.0, now - opened.idle.began), lead
+            self._price(opened, lead=max(0.0, now - opened.back))
 
     def advance(self, now: float) -> None:
         """Let all periods enter whose horizon is reached."""
         while self._due and self._due[0][0] <= now:
-            _, _, opened = heapq.heappop(self._due)
-            terms, owner = opened.idle.terms, opened.idle.owner
-            key = terms.key
-            period = Period(gap=opened.gap, lead=opened.lead, threshold=opened.threshold)
-            delta = self.policy.learn(period, terms)
-            self._pools[key] = self._pools.get(key, _NONE) + delta
-            self._owners[key, owner] = self._owners.get((key, owner), _NONE) + delta
+            due, _, opened = heapq.heappop(self._due)
+            if opened.replaced:
+                continue
+            # Of a turn that has called no tool so far, this much has passed unseen.
+            lead = max(0.0, due - opened.back) if opened.lead is None else opened.lead
+            delta = self.policy.learn(_period(opened, lead), opened.idle.terms)
+            opened.priced = True
+            self._add(opened, delta)
+            key = opened.idle.terms.key, opened.idle.owner
+            self._owners[key] = self._owners.get(key, _NONE) + delta
+
+    def _price(self, opened: _Open, *, lead: float) -> None:
+        if opened.priced or opened.back == math.inf:
+            return
+
+        opened.lead = lead
+        self._add(opened, self.policy.price(_period(opened, lead), opened.idle.terms))
+        opened.priced = True
+
+    def _add(self, opened: _Open, delta: Tally) -> None:
+        key = opened.idle.terms.key
+        self._pools[key] = self._pools.get(key, _NONE) + delta
 
     def snapshot(self) -> dict[str, dict[str, bytes]]:
         """What has been learned, as plain data: under each key of terms, the pool's tally as "" and the owners'.
@@ -80,3 +116,8 @@ class Learner:
             for name, data in tallies.items()
             if name
         }
+
+
+def _period(opened: _Open, lead: float) -> Period:
+    gap = opened.back - opened.idle.began
+    return Period(gap=gap, lead=lead, threshold=opened.threshold, priced=opened.priced)

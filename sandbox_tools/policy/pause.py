@@ -56,11 +56,13 @@ class Period:
         gap: Seconds until the next message. inf: none came within the policy's `horizon`.
         lead: Seconds from that message to the first tool call. inf: the turn used no tool. 0: nobody noted it.
         threshold: After how many seconds it was to be paused. None: never.
+        priced: Whether a policy's `price` of it has been added already.
     """
 
     gap: float
     lead: float = 0.0
     threshold: float | None = None
+    priced: bool = False
 
 
 class PausePolicy(Protocol):
@@ -82,8 +84,15 @@ class PausePolicy(Protocol):
         """
         ...
 
+    def price(self, period: Period, terms: Terms) -> Tally:
+        """What to add to the pool's tally as soon as a period is over, so that losses are answered for at once.
+
+        Who leaves this out adds it with `learn`: the policy then hears of its losses a horizon late.
+        """
+        ...
+
     def learn(self, period: Period, terms: Terms) -> Tally:
-        """What to add to both tallies."""
+        """What to add to both tallies at the horizon."""
         ...
 
 
@@ -93,6 +102,10 @@ class Unlearning:
     def horizon(self, terms: Terms) -> float | None:
         """Never."""
         return None
+
+    def price(self, period: Period, terms: Terms) -> Tally:
+        """Nothing."""
+        return Tally()
 
     def learn(self, period: Period, terms: Terms) -> Tally:
         """Nothing."""

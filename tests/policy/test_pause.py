@@ -35,7 +35,7 @@ def test_break_even_pauses_when_idling_has_cost_a_pause_and_a_resume() -> None:
 @pytest.mark.parametrize("policy", [PauseAfter(1), Never(), BreakEven()], ids=repr)
 def test_a_rule_learns_nothing(policy: PauseAfter) -> None:
     assert policy.horizon(TERMS) is None
-    assert policy.learn(Period(gap=1.0), TERMS) == Tally()
+    assert policy.learn(Period(gap=1.0), TERMS) == policy.price(Period(gap=1.0), TERMS) == Tally()
 
 
 @pytest.mark.parametrize("wrong", [-1, float("inf"), float("nan")])
