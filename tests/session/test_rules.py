@@ -86,7 +86,7 @@ class Rules(RuleBasedStateMachine):
         return self.runner.run(getattr(self.bindings, name)(*arguments, **named))
 
     def handles(self) -> list[str]:
-        return [*self.model.rows, "sbx-unknown"]
+        return [*self.model.rows, *self.model.rows, "sbx-unknown"]
 
     @rule(thread=st.sampled_from(THREADS))
     def current(self, thread: tuple[str, str]) -> None:
@@ -201,7 +201,7 @@ class Rules(RuleBasedStateMachine):
     def lost(self, thread: tuple[str, str]) -> None:
         assert self.call("take_lost", *thread) == self.model.losses.pop(thread, set())
 
-    @rule(seconds=st.sampled_from((1.0, 30.0, 61.0)))
+    @rule(seconds=st.sampled_from((1.0, 10.0, 30.0, 61.0)))
     def wait(self, seconds: float) -> None:
         self.model.now += seconds
 
@@ -240,7 +240,7 @@ class Rules(RuleBasedStateMachine):
         self.runner.close()
 
 
-@pytest.mark.parametrize(("store", "examples"), [("memory", 60), ("postgres", 15)])
+@pytest.mark.parametrize(("store", "examples"), [("memory", 250), ("postgres", 25)])
 def test_a_store_keeps_the_rules_in_any_order_of_calls(
     store: str, examples: int, request: pytest.FixtureRequest
 ) -> None:
