@@ -38,6 +38,7 @@ PACKAGES = (
     "curl",
     "git",
     "procps",
+    "python-is-python3",
     "python3",
     "python3-pip",
     "tini",

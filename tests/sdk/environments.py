@@ -22,7 +22,7 @@ class BuildError(Exception):
 
 def environment(name: str) -> Path:
     """The directory of an environment, built if it is not there yet: `bin/python`, and for JavaScript `bin/node` and
-    `node_modules`.
+    `node_modules`; in `beside` what only some tests put on their path, because it asks for other versions.
 
     Built aside and renamed, so that what is there is whole; under a lock, so that two runs build it once. Its digest
     is that of the pins and of the Python that it is made with.
@@ -44,7 +44,8 @@ def environment(name: str) -> Path:
 
 def _pins(name: str) -> list[Path]:
     packages = sorted(JAVASCRIPT.glob("*.json")) if name == "javascript" else []
-    return [HERE / "pins" / f"{name}.txt", *packages]
+    beside = HERE / "pins" / f"{name}-beside.txt"
+    return [HERE / "pins" / f"{name}.txt", *packages, *([beside] if beside.exists() else [])]
 
 
 def _digest(name: str) -> str:
@@ -55,13 +56,17 @@ def _digest(name: str) -> str:
 
 
 def _build(name: str, directory: Path) -> None:
-    requirements, *packages = _pins(name)
+    requirements, *more = _pins(name)
+    packages = [path for path in more if path.suffix == ".json"]
     _run(sys.executable, "-m", "venv", "--without-pip", str(directory))
     python = directory / "bin" / "python"
     pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "--python", str(python))
     # The pins name everything, so nothing is to be solved; `check` says if they do not.
     _run(*pip, "install", "--no-deps", "--requirement", str(requirements))
     _run(*pip, "check")
+    for path in more:
+        if path.suffix == ".txt":
+            _run(*pip, "install", "--no-deps", "--target", str(directory / "beside"), "--requirement", str(path))
     if packages:
         for path in packages:
             shutil.copy(path, directory)
