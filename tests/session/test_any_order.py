@@ -78,10 +78,13 @@ class AnyOrder(RuleBasedStateMachine):
         self.count = 0
         self.made = {"a": 1, "b": 1}
         self.doubtful_until = self.held_until = 0.0
+        self.awake_until: dict[str, float] = {}
 
-    @initialize(policy=policies)
-    def two_processes_begin(self, policy):
+    @initialize(policy=policies, failure=st.sampled_from([None, *FAILURES[:2]]))
+    def two_processes_begin(self, policy, failure):
         self.policy = policy
+        if failure:
+            self.the_provider_is_about_to_fail(failure)
         self.registries = [self.runner.run(self.start()) for _ in range(2)]
         for process, thread in enumerate("ab"):
             self.a_whole_turn(process, thread, 0)
@@ -158,6 +161,7 @@ class AnyOrder(RuleBasedStateMachine):
             self.remember(sandbox, "end")
             if background:
                 self.runner.run(sandbox.commands.start("make"))
+                self.awake_until[sandbox.id] = float("inf")
         self.runner.run(lease.__aexit__(None, None, None))
 
     def remember(self, sandbox, word):
@@ -169,11 +173,16 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(process=processes, thread=threads)
     def somebody_asks_for_a_pause(self, process, thread):
         self.attempt(self.session(process, thread).pause())
+        self.awake_until.clear()  # it wins over what holds the sandbox
 
     @rule(process=processes, thread=threads, seconds=st.sampled_from([0.0, 20.0, 100.0]))
     def somebody_holds(self, process, thread, seconds):
         self.held_until = max(self.held_until, self.clock.time() + seconds)
         self.attempt(self.session(process, thread).hold(seconds))
+        current = self.runner.run(self.bindings.find("default", thread))
+        machine = self.provider.machines.get(current.sandbox_id) if current else None
+        if machine is not None and machine.state == "running":
+            self.awake_until.setdefault(machine.id, self.clock.time() + seconds)
 
     @rule(process=processes, thread=threads)
     def somebody_wants_another_sandbox(self, process, thread):
@@ -197,6 +206,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule()
     def commands_end(self):
+        self.awake_until.clear()
         for machine in self.own().values():
             machine.commands.clear()
 
@@ -268,8 +278,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.all_that_is_open_ends()
         if self.clock.time() < max(self.doubtful_until, self.held_until):
             return
-        for machine in self.own().values():
-            machine.commands.clear()
+        self.commands_end()
 
         async def one_sweep():
             await self.sweep()
@@ -292,8 +301,7 @@ class AnyOrder(RuleBasedStateMachine):
     def all_sleep_in_the_end(self):
         """By us or, after a crash or failures, by the server's timer."""
         self.all_that_is_open_ends()
-        for machine in self.own().values():
-            machine.commands.clear()
+        self.commands_end()
         self.runner.run(self.pass_time(6, 60))
         self.provider.tick()
         assert all(machine.state == "paused" for machine in self.own().values())
@@ -305,6 +313,12 @@ class AnyOrder(RuleBasedStateMachine):
             if sandbox.id not in self.lost:
                 machine = self.provider.machines[sandbox.id]
                 assert (machine.state, machine.frozen) == ("running", False)
+
+    @invariant()
+    def what_is_held_is_awake(self):
+        for id, until in self.awake_until.items():
+            if self.clock.time() < until and self.clock.time() >= self.doubtful_until and id not in self.lost:
+                assert self.provider.machines[id].state == "running"
 
     @invariant()
     def a_thread_has_one_sandbox_at_most_unless_it_asked_for_more(self):
@@ -332,6 +346,6 @@ class AnyOrder(RuleBasedStateMachine):
 
 TestAnyOrder = AnyOrder.TestCase
 TestAnyOrder.settings = settings(
-    max_examples=250, stateful_step_count=45, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=260, stateful_step_count=45, deadline=None, suppress_health_check=list(HealthCheck)
 )
 """More than 10,000 steps."""
