@@ -9,8 +9,11 @@ if TYPE_CHECKING:
     from sandbox_tools.client import Client, Sandbox
     from sandbox_tools.errors import SandboxError
     from sandbox_tools.models import Execution, SandboxInfo
-    from sandbox_tools.policy.pause import Never, PauseAfter
-    from sandbox_tools.session.session import PausedSandbox, Session
+    from sandbox_tools.policy.adaptive import AdaptivePause
+    from sandbox_tools.policy.pause import BreakEven, Never, PauseAfter
+    from sandbox_tools.session.bindings import PostgresBindings, SqliteBindings
+    from sandbox_tools.session.retention import PausedSandbox, Retention
+    from sandbox_tools.session.session import Session
     from sandbox_tools.session.sessions import Sessions
     from sandbox_tools.tools.artifacts import Artifacts
     from sandbox_tools.tools.callback import SandboxCallback
@@ -19,12 +22,16 @@ if TYPE_CHECKING:
     from sandbox_tools.tools.owners import configured, server_user
 
 __all__ = [
+    "AdaptivePause",
     "Artifacts",
+    "BreakEven",
     "Client",
     "Execution",
     "Never",
     "PauseAfter",
     "PausedSandbox",
+    "PostgresBindings",
+    "Retention",
     "Sandbox",
     "SandboxCallback",
     "SandboxError",
@@ -33,6 +40,7 @@ __all__ = [
     "SandboxToolkit",
     "Session",
     "Sessions",
+    "SqliteBindings",
     "approvals",
     "configured",
     "server_user",
@@ -42,8 +50,11 @@ _HOMES = {
     "client": ("Client", "Sandbox"),
     "errors": ("SandboxError",),
     "models": ("Execution", "SandboxInfo"),
-    "policy.pause": ("Never", "PauseAfter"),
-    "session.session": ("PausedSandbox", "Session"),
+    "policy.adaptive": ("AdaptivePause",),
+    "policy.pause": ("BreakEven", "Never", "PauseAfter"),
+    "session.bindings": ("PostgresBindings", "SqliteBindings"),
+    "session.retention": ("PausedSandbox", "Retention"),
+    "session.session": ("Session",),
     "session.sessions": ("Sessions",),
     "tools.artifacts": ("Artifacts",),
     "tools.callback": ("SandboxCallback",),

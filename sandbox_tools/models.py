@@ -42,6 +42,8 @@ class CreateRequest(Wire):
     """Seconds until the server kills or pauses the sandbox. None: the server's default."""
     auto_pause: bool = False
     """Pause instead of kill when the timeout is reached."""
+    auto_pause_memory: bool = True
+    """False: that pause keeps files only."""
     auto_resume: AutoResume | None = None
     secure: bool = True
     metadata: dict[str, str] = {}
@@ -85,6 +87,15 @@ class Lifecycle(Wire):
     on_timeout: Literal["kill", "pause"] = "kill"
 
 
+class Spent(Wire):
+    """Seconds in each state since a sandbox was created."""
+
+    running: float = 0.0
+    """Frozen ones are not counted here."""
+    frozen: float = 0.0
+    paused: float = 0.0
+
+
 class SandboxInfo(Wire):
     """One row of a listing, or the answer to info."""
 
@@ -107,6 +118,10 @@ class SandboxInfo(Wire):
     """RAM held on the host now, 0 when paused. None: the provider does not say (only the local engine does)."""
     snapshot_bytes: int | None = None
     """Bytes on disk of the memory snapshot, 0 while running. None: the provider does not say."""
+    frozen_since: datetime | None = None
+    """When its processes were stopped, its RAM held; `state` is `"running"` then. None: they run, or it is paused."""
+    spent: Spent | None = None
+    """What it has been doing all its life. None: the provider does not say (only the local engine does)."""
 
 
 class Metric(Wire):

@@ -16,6 +16,7 @@ from hypothesis import settings
 from sandbox_tools.engine.templates import prepare
 from sandbox_tools.paths import state_directory, templates_directory
 from tests.machine import EngineProcess
+from tests.session.stores import running_postgres
 
 # A machine may be loaded: how long an example takes says nothing about the code.
 settings.register_profile("any machine", deadline=None)
@@ -74,6 +75,13 @@ def own_engine(templates: Path) -> Iterator[EngineProcess]:
     """An engine for a test that kills it, or looks at all that it holds."""
     with running_engine() as engine:
         yield engine
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """A Postgres server of the tests' own; how it is reached."""
+    with running_postgres() as server:
+        yield server
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import os
 import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from sandbox_tools.errors import ConfigError
 from sandbox_tools.models import ENVD_PORT, INTERPRETER_PORT, CreateRequest, SandboxGrant
@@ -87,8 +87,18 @@ class Dialect:
     id_has_client: bool = False
     """Whether paths and hosts want `<sandboxID>-<clientID>`."""
 
-    retention_days: int | None = None
-    """Days a paused sandbox is kept, by the provider's documents. None: until it is killed, or unknown."""
+    can_freeze: bool = False
+    """Whether it stops a sandbox's processes while their RAM is held."""
+    abortable: bool = False
+    """Whether a connect during a pause ends it at once, rather than when the snapshot is whole."""
+    pause_per_gib: float = 4.0
+    """Seconds that a pause takes for each GiB of RAM, until somebody has measured: the services' own figure."""
+    resume_seconds: float = 1.0
+    """Seconds that a resume takes, until somebody has measured: the services' own figure."""
+    retention: int | None = None
+    """Seconds a paused sandbox is kept, by the provider's documents. None: until it is killed, or unknown."""
+    retention_from: Literal["creation", "pause"] = "creation"
+    """What they count from; where they don't say, the earlier."""
     max_timeout: int | None = None
     """The longest timeout, in seconds, on the provider's best plan. None: no limit, or unknown."""
     price: Price | None = None
@@ -96,7 +106,7 @@ class Dialect:
 
     def require(self, verb: str) -> None:
         """Raises a `ConfigError` if the provider does not have that verb."""
-        if verb in self.lacks:
+        if verb in self.lacks or (verb == "freeze" and not self.can_freeze):
             msg = f"There is no `{verb}` at {self.name!r} in this domain's dialect. Do without, or choose another."
             raise ConfigError(msg, op=verb.partition("(")[0])
 
@@ -107,7 +117,9 @@ class Dialect:
             secure: None: as the provider's own SDK asks.
         """
         self.require(f"create(secure={secure})")
-        body = {**self.create_with, **request.model_dump(by_alias=True, exclude_none=True, exclude={"secure"})}
+        # Said only where it is not the rule: not every server knows the field.
+        unsaid = {"secure"} | ({"auto_pause_memory"} if request.auto_pause_memory else set())
+        body = {**self.create_with, **request.model_dump(by_alias=True, exclude_none=True, exclude=unsaid)}
         if self.secure is not None:
             body["secure"] = self.secure if secure is None else secure
 
@@ -159,6 +171,8 @@ class Dialect:
         return headers
 
 
+_MONTH = 30 * 24 * 3600  # seconds
+
 _ONCE: dict[str, Any] = {  # The second version of create.
     "create_path": "/v2/sandboxes",
     "idempotency_header": True,
@@ -184,13 +198,13 @@ E2B = replace(
     self_hosted=_E2B_CLUSTER,
     **_ONCE,
     connect_path="/v2/sandboxes/{id}/connect",
-    retention_days=30,
+    retention=_MONTH,
     max_timeout=24 * 3600,
     price=Price(vcpu=0.000014, gib=0.0000045),
 )
 
 
-def _ppio(name: str, domain: str, *, legacy: str) -> Dialect:
+def _ppio(name: str, domain: str, *, legacy: str, kept_from: Literal["creation", "pause"]) -> Dialect:
     """PPIO, or a sibling: the same service under other names."""
     common = Dialect(
         name=name.lower(),
@@ -204,7 +218,8 @@ def _ppio(name: str, domain: str, *, legacy: str) -> Dialect:
         fork_with={"strict": False},
         id_header=f"{name}-Sandbox-Id",
         port_header=f"{name}-Sandbox-Port",
-        retention_days=30,
+        retention=_MONTH,
+        retention_from=kept_from,
         max_timeout=3600,
     )
     older = replace(
@@ -229,7 +244,7 @@ def _ppio(name: str, domain: str, *, legacy: str) -> Dialect:
     )
 
 
-PPIO = _ppio("PPIO", "sandbox.ppio.cn", legacy="sandbox.ppio.cn sandbox-test.ppio.cn")
+PPIO = _ppio("PPIO", "sandbox.ppio.cn", legacy="sandbox.ppio.cn sandbox-test.ppio.cn", kept_from="pause")
 PPIO_LEGACY = PPIO.by_domain["sandbox.ppio.cn"]
 
 NOVITA = _ppio(
@@ -237,6 +252,7 @@ NOVITA = _ppio(
     "us-phx-1.sandbox.novita.ai",
     legacy="sandbox.novita.ai us-01.sandbox.novita.ai us-ga-01.sandbox.novita.ai us-ga-1.sandbox.novita.ai "
     "sandbox-dev.novita.ai us-01.sandbox-dev.novita.ai us-ga-01.sandbox-dev.novita.ai us-ca-1.sandbox-dev.novita.ai",
+    kept_from="creation",
 )
 
 UCLOUD = Dialect(
@@ -251,7 +267,7 @@ UCLOUD = Dialect(
     default_domain="cn-wlcb.sandbox.ucloudai.com",
     create_with={"allow_internet_access": True},
     pause_body={"memory": True},
-    retention_days=30,
+    retention=_MONTH,
 )
 
 LOCAL = Dialect(
@@ -259,6 +275,9 @@ LOCAL = Dialect(
     key_env=("SANDBOX_TOOLS_API_KEY",),
     url_env="SANDBOX_TOOLS_API_URL",
     **_ONCE,
+    can_freeze=True,
+    pause_per_gib=1.0,
+    resume_seconds=0.4,
 )
 
 DIALECTS: dict[str, Dialect] = {dialect.name: dialect for dialect in (E2B, PPIO, NOVITA, UCLOUD, LOCAL)}

@@ -84,6 +84,12 @@ async def _apply(call: Call, entry: Entry, body: Connect) -> None:
         await call.supervisor.change(entry.record.id, changes)
 
 
+async def freeze(call: Call) -> Answer:
+    """Answers when the sandbox stands still."""
+    await call.supervisor.freeze(call.sandbox_id)
+    return Answer(status=204)
+
+
 async def pause(call: Call) -> Answer:
     """Answers when the pause is complete."""
     body: Pause = call.body
@@ -203,6 +209,15 @@ OPERATIONS: tuple[Operation, ...] = (
         handler=kill,
         answers={204: None},
         errors=(404,),
+    ),
+    _post(
+        "freeze",
+        name="freeze",
+        summary="Stop a sandbox's processes and keep its RAM, until something reaches it",
+        handler=freeze,
+        answers={204: None},
+        errors=(404, 409),
+        extension=True,
     ),
     _post(
         "pause",

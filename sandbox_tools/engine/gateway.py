@@ -8,7 +8,6 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from sandbox_tools.engine.http1 import Answer, BadAnswerError, Headers, end_to_end, request_head
-from sandbox_tools.engine.kept import part
 from sandbox_tools.engine.routing import Address
 from sandbox_tools.engine.tunnel import Tunnel, is_refusal
 from sandbox_tools.guest.mux import Stream, StreamResetError
@@ -171,7 +170,7 @@ class _Exchange:
         elif self.repeatable and self._sent and answer.persistent and answer.status not in (204, 304):
             self._tunnel.kept.keep(stream)
         else:
-            part(stream)
+            self._tunnel.kept.end(stream)
 
 
 def explanation(error: StreamResetError | BadAnswerError, tunnel: Tunnel, address: Address) -> dict[str, object]:

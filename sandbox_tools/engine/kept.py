@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 if TYPE_CHECKING:
     from sandbox_tools.guest.mux import Stream
@@ -28,6 +29,11 @@ class Kept:
 
     def __init__(self) -> None:
         self._streams: dict[int, dict[Stream, asyncio.TimerHandle]] = {}
+        self._parted: WeakSet[Stream] = WeakSet()
+
+    def __contains__(self, stream: Stream) -> bool:
+        """Whether nobody uses it: it is kept, or was ended in good order."""
+        return stream in self._parted or stream in self._streams.get(stream.port, ())
 
     def take(self, port: int) -> Stream | None:
         """The one that was used last, if it still stands as far as is known here."""
@@ -37,29 +43,29 @@ class Kept:
             timer.cancel()
             if not stream.readable:
                 return stream
-            part(stream)
+            self.end(stream)
         return None
 
     def keep(self, stream: Stream) -> None:
         """Keep one that has brought a whole answer; or end it, if its server has ended it or says more than that."""
         streams = self._streams.setdefault(stream.port, {})
         if stream.readable or len(streams) == MOST:
-            part(stream)
+            self.end(stream)
         else:
             streams[stream] = asyncio.get_running_loop().call_later(KEPT, self._expire, stream)
 
     def part(self, port: int) -> None:
         """End all to a port."""
         while (stream := self.take(port)) is not None:
-            part(stream)
+            self.end(stream)
+
+    def end(self, stream: Stream) -> None:
+        """End one in good order: nothing more is asked, and its server may say its last word."""
+        self._parted.add(stream)
+        stream.write_eof()
+        if not stream.got_eof:
+            asyncio.get_running_loop().call_later(LINGER, stream.close, "it was not closed from inside")
 
     def _expire(self, stream: Stream) -> None:
         del self._streams[stream.port][stream]
-        part(stream)
-
-
-def part(stream: Stream) -> None:
-    """End one in good order: nothing more is asked, and its server may say its last word."""
-    stream.write_eof()
-    if not stream.got_eof:
-        asyncio.get_running_loop().call_later(LINGER, stream.close, "it was not closed from inside")
+        self.end(stream)

@@ -27,7 +27,7 @@ from sandbox_tools.errors import EngineError, ServerError
 log = logging.getLogger(__name__)
 
 Phase = Literal["running", "pausing", "shutting down", "paused", "resuming", "gone"]
-"""`shutting down` is the way to a pause that keeps files only."""
+"""`shutting down` is the way to a pause that keeps files only. What is frozen is `running`, and its record says so."""
 
 
 class Entry:
@@ -41,6 +41,11 @@ class Entry:
         # None whenever traffic must not reach the sandbox.
         self.tunnel: Tunnel | None = None
         self.watch: asyncio.Task[None] | None = None
+
+    @property
+    def awake(self) -> bool:
+        """Whether traffic can reach it as it is."""
+        return self.phase == "running" and not self.record.frozen and self.tunnel is not None and self.tunnel.attached
 
 
 class Lifecycle:
@@ -151,8 +156,8 @@ class Lifecycle:
             if not memory:
                 await self._reboot(entry)
             manifest = await self._write_snapshot(entry, final)
-            changes = {"state": "paused", "snapshot": final.name, "snapshot_bytes": manifest.size}
-            entry.record = running.model_copy(update={**changes, "end_at": self._now(), "pause_memory": memory})
+            changes = {"snapshot": final.name, "snapshot_bytes": manifest.size, "pause_memory": memory}
+            entry.record = entry.record.turned(now := self._now(), state="paused", end_at=now, **changes)
             # Until this is written the live container is the truth; from then on the snapshot is.
             await self.save(entry)
         except (OSError, EngineError) as error:
@@ -165,7 +170,7 @@ class Lifecycle:
         await self._end_run(entry, "the sandbox is paused")
 
     async def write_image(self, entry: Entry, final: Path, description: str | None = None) -> snapshots.Manifest:
-        """An image of a running sandbox, which stands still meanwhile and goes on, its streams unbroken.
+        """An image of a running sandbox, which stands still meanwhile and not longer, unless it is frozen.
 
         Args:
             final: Where the image will be.
@@ -179,10 +184,36 @@ class Lifecycle:
                 return await self._write_snapshot(entry, final, description)
         finally:
             try:
-                await self.runtime.thaw(self.container(entry))
+                await (self.runtime.freeze if entry.record.frozen else self.runtime.thaw)(self.container(entry))
             except EngineError:
-                # Adopting thaws too. Where that fails as well it is without a tunnel, and whoever connects tries again.
+                # Adopting thaws. Where that fails as well it is without a tunnel, and whoever connects tries again.
                 await self.adopt(entry)
+
+    async def freeze(self, entry: Entry) -> None:
+        """Stop a running sandbox's tasks and keep its RAM; its tunnel stays as it is.
+
+        Raises:
+            EngineError: They may not all be stopped. It is to be thawed.
+        """
+        # First, as from here on traffic has to wait for the lock, and thaws.
+        await self._mark(entry, frozen=True)
+        await self.runtime.freeze(self.container(entry))
+
+    async def thaw(self, entry: Entry) -> bool:
+        """Let a frozen sandbox run on; adopts it where that fails or leads to no tunnel. False: it is gone."""
+        with contextlib.suppress(EngineError):
+            await self._thaw(entry)
+            if entry.awake:
+                return True
+        return await self.adopt(entry)
+
+    async def keep(self, entry: Entry) -> bool:
+        """Leave what an earlier engine has frozen as it is, without a tunnel. False: it may not be frozen."""
+        with contextlib.suppress(EngineError):
+            if await self.runtime.state(self.container(entry)) == "frozen":
+                self._runs(entry)
+                return True
+        return False
 
     async def check_health(self, entry: Entry) -> None:
         """Have a sign of life from the guest of a running sandbox.
@@ -224,7 +255,7 @@ class Lifecycle:
         try:
             if await self.runtime.state(container) == "gone":
                 return False
-            await self.runtime.thaw(container)
+            await self._thaw(entry)
             await tunnel.attach()
         except (EngineError, OSError) as error:
             log.error("Sandbox %s lives but can't be reached: %s", entry.record.id, error)
@@ -271,6 +302,8 @@ class Lifecycle:
         """Through a tunnel of its own: the sandbox's is cut, so that nobody begins anything meanwhile."""
         tunnel = Tunnel(self.container(entry).pipes)
         try:
+            if entry.record.frozen:
+                await self._thaw(entry)
             await tunnel.attach()
             await reboot(tunnel, sandbox_id=entry.record.id, token=entry.record.token)
         finally:
@@ -281,7 +314,8 @@ class Lifecycle:
         partial = await asyncio.to_thread(snapshots.begin, final)
         try:
             # Frozen first, so that nothing runs on between the image and the end of the container.
-            await self.runtime.freeze(container)
+            if not entry.record.frozen:
+                await self.runtime.freeze(container)
             await self.runtime.checkpoint(container, partial)
             if description is not None:
                 (partial / snapshots.DESCRIPTION).write_text(description, encoding="utf-8")
@@ -332,6 +366,17 @@ class Lifecycle:
             watch.cancel()
         if tunnel is not None:
             tunnel.detach(reason)
+
+    async def _thaw(self, entry: Entry) -> None:
+        await self.runtime.thaw(self.container(entry))
+        if entry.record.frozen:
+            await self._mark(entry, frozen=False)
+
+    async def _mark(self, entry: Entry, *, frozen: bool) -> None:
+        """Known at once, then written; where that fails the next engine asks the container, which knows."""
+        entry.record = entry.record.turned(self._now(), frozen=frozen)
+        with contextlib.suppress(EngineError):
+            await self.save(entry)
 
     def _runs(self, entry: Entry) -> None:
         entry.phase = "running"

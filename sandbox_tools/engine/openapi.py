@@ -72,6 +72,9 @@ def _operation(operation: Operation) -> dict[str, Any]:
         }
     if operation.open:
         described["security"] = []
+    if operation.extension:
+        described["description"] = "An extension: E2B, PPIO and UCloud don't have it."
+        described["x-extension"] = True
     return described
 
 

@@ -102,6 +102,7 @@ class Operation:
         yields: What other operations take as a parameter: the status, the parameter, and a JSON pointer to it.
         keyed: Whether it takes an `Idempotency-Key`.
         open: Whether it needs no API key.
+        extension: Whether the services whose protocol this is don't have it.
     """
 
     name: str
@@ -118,6 +119,7 @@ class Operation:
     yields: tuple[tuple[int, str, str], ...] = ()
     keyed: bool = False
     open: bool = False
+    extension: bool = False
 
 
 def error_body(error: SandboxError) -> ErrorBody:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from sandbox_tools.engine.bodies import NewSandbox
 from sandbox_tools.engine.saved import Origin
 from sandbox_tools.engine.snapshots import write_durably
-from sandbox_tools.models import DEFAULT_TIMEOUT, Lifecycle, SandboxGrant, SandboxInfo, State
+from sandbox_tools.models import DEFAULT_TIMEOUT, Lifecycle, SandboxGrant, SandboxInfo, Spent, State
 
 CLIENT_ID = "6532622b"
 """The constant that E2B returns; nothing depends on it."""
@@ -56,6 +56,12 @@ class Record(BaseModel):
     started_at: datetime
     end_at: datetime
     """Running: when the timeout is reached. Paused: when it was paused."""
+    frozen: bool = False
+    """Whether it stands still in RAM; only of meaning while it runs. Whoever reaches it thaws it."""
+    since: datetime | None = None
+    """When it began to do what it does: to run, stand still or sleep. None: at `started_at`; paused, at `end_at`."""
+    spent: Spent = Spent()
+    """Until then."""
     auto_pause: bool
     auto_resume: bool = False
     secure: bool = True
@@ -82,19 +88,30 @@ class Record(BaseModel):
         """Whether traffic wakes it; not where that would be a reboot, as its memory was dropped."""
         return self.auto_resume and (self.state == "running" or self.pause_memory)
 
+    def turned(self, now: datetime, **changes: Any) -> Record:
+        """The record of a sandbox that begins to run, to stand still or to sleep."""
+        return self.model_copy(update={"frozen": False, **changes, "since": now, "spent": self.spent_by(now)})
+
+    def spent_by(self, now: datetime) -> Spent:
+        """What it has spent in each state, the present one included."""
+        began = self.since or (self.started_at if self.state == "running" else self.end_at)
+        # The wall clock may be set back.
+        seconds = max(0.0, (now - began).total_seconds())
+        present = "frozen" if self.frozen else self.state
+        return self.spent.model_copy(update={present: getattr(self.spent, present) + seconds})
+
     def resumed(self, now: datetime, end: datetime) -> Record:
         """The record of its next run."""
-        return self.model_copy(
-            update={
-                "state": "running",
-                "run": new_run(),
-                "snapshot": None,
-                "snapshot_bytes": 0,
-                "started_at": now,
-                "end_at": end,
-                "pause_memory": True,
-                "earlier_starts": [self.started_at, *self.earlier_starts][:_STARTS_KEPT],
-            }
+        return self.turned(
+            now,
+            state="running",
+            run=new_run(),
+            snapshot=None,
+            snapshot_bytes=0,
+            started_at=now,
+            end_at=end,
+            pause_memory=True,
+            earlier_starts=[self.started_at, *self.earlier_starts][:_STARTS_KEPT],
         )
 
     def save(self, directory: Path) -> None:
@@ -121,7 +138,7 @@ class Record(BaseModel):
             domain=domain,
         )
 
-    def info(self, *, resident_bytes: int | None = None, pausing: bool = False) -> SandboxInfo:
+    def info(self, now: datetime, *, pausing: bool = False) -> SandboxInfo:
         """A row of a listing; a sandbox on its way to a snapshot is shown as paused already."""
         return SandboxInfo(
             sandbox_id=self.id,
@@ -135,8 +152,9 @@ class Record(BaseModel):
             memory_mb=self.memory_mb,
             envd_version=ENVD_VERSION,
             lifecycle=Lifecycle(auto_resume=self.auto_resume, on_timeout="pause" if self.auto_pause else "kill"),
-            resident_bytes=resident_bytes,
             snapshot_bytes=self.snapshot_bytes,
+            frozen_since=self.since if self.frozen and not pausing else None,
+            spent=self.spent_by(now),
         )
 
 
@@ -200,5 +218,8 @@ def copied(record: Record, *, now: datetime, timeout: int) -> Record:
             "traffic_token": None if record.traffic_token is None else new_token(),
             "earlier_starts": [],
             "idempotency": None,
+            "frozen": False,
+            "since": None,
+            "spent": Spent(),
         }
     )

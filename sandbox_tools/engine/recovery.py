@@ -27,10 +27,14 @@ def find(lifecycle: Lifecycle) -> dict[str, Entry]:
 
 
 async def take_over(lifecycle: Lifecycle, entry: Entry) -> bool:
-    """Adopt a sandbox that runs, and let one that is paused sleep. False: it was running and is lost."""
+    """Adopt a sandbox that runs, and let one that sleeps or stands still do so. False: it was running and is lost."""
     if entry.phase == "paused":
         # The earlier engine may have died after the snapshot was the truth and before the container was gone.
         await lifecycle.drop_run(entry)
+        return True
+
+    # One that stands still without having been told to is in the middle of a pause or snapshot that came to nothing.
+    if entry.record.frozen and await lifecycle.keep(entry):
         return True
 
     if await lifecycle.adopt(entry):

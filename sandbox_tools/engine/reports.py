@@ -112,7 +112,7 @@ def _rows(call: Call) -> list[Row[SandboxInfo]]:
 def _row(call: Call, entry: Entry) -> Row[SandboxInfo]:
     record = entry.record
     disk = os.statvfs(call.supervisor.lifecycle.sandboxes)
-    item = record.info(pausing=entry.phase in ("pausing", "shutting down")).model_copy(
+    item = record.info(call.supervisor.now(), pausing=entry.phase in ("pausing", "shutting down")).model_copy(
         # What a sandbox may fill: it shares the disk of its host.
         update={"disk_size_mb": disk.f_blocks * disk.f_frsize >> 20}
     )

@@ -53,24 +53,38 @@ class Runsc:
 
     async def checkpoint(self, container: Container, image: Path) -> None:
         """Write an image; without `--leave-running` a full disk would kill the container."""
+        _signal(container, signal.SIGCONT)  # its tasks stand still, and gVisor has to write
         await self._call(
             container, "checkpoint", f"--image-path={image}", "--compression=none", "--leave-running", container.id
         )
 
     async def freeze(self, container: Container) -> None:
-        """Stop every task."""
-        await self._call(container, "pause", container.id)
+        """Stop every task, then gVisor itself, which takes some percent of a core although nothing runs on it."""
+        await self._turn(container, "pause", "frozen")
+        _signal(container, signal.SIGSTOP)
 
     async def thaw(self, container: Container) -> None:
-        """Let every task go on."""
-        if await self.state(container) == "frozen":
-            await self._call(container, "resume", container.id)
+        """Let gVisor and every task go on."""
+        await self._turn(container, "resume", "running")
+
+    async def _turn(self, container: Container, verb: str, into: ContainerState) -> None:
+        _signal(container, signal.SIGCONT)
+        try:
+            await self._call(container, verb, container.id)
+        except EngineError:
+            # It is refused as well where there is nothing to do. To ask first would cost as much as the verb.
+            if await self.state(container) != into:
+                raise
 
     async def state(self, container: Container) -> ContainerState:
         """What `runsc` says of a container whose process lives; without one it is gone."""
         # `runsc` itself takes a process for alive that has ended and that the host's init has yet to reap.
-        if _sandbox_pid(container) is None:
+        pid = _sandbox_pid(container)
+        if pid is None:
             return "gone"
+        # One that is stopped would not answer.
+        if _stopped(pid):
+            return "frozen"
 
         status = json.loads(await self._call(container, "state", container.id))["status"]
         states: dict[str, ContainerState] = {"running": "running", "paused": "frozen"}
@@ -78,15 +92,8 @@ class Runsc:
 
     async def kill(self, container: Container) -> None:
         """End the sandbox's process at once; `runsc` tidies its records afterwards, in its own time."""
-        pidfd = _sandbox_process(container)
-        if pidfd is not None:
-            try:
-                with contextlib.suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                await _readable(pidfd)
-            finally:
-                os.close(pidfd)
-
+        _signal(container, signal.SIGKILL)
+        await self.wait(container)
         # It waits for the host's init to reap the process: a second or two that nobody needs to see.
         task = asyncio.create_task(self._delete(container))
         self._deletions.add(task)
@@ -241,6 +248,24 @@ def _sandbox_pid(container: Container) -> int | None:
         if container.id in Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0"):
             return pid
     return None
+
+
+def _stopped(pid: int) -> bool:
+    """Whether a process stands still by a signal: field 3 of proc(5), after the name, which may hold blanks."""
+    with contextlib.suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] == "T"
+    return False
+
+
+def _signal(container: Container, number: signal.Signals) -> None:
+    """Send a signal to the container's host process; nothing, where it is gone."""
+    pidfd = _sandbox_process(container)
+    if pidfd is not None:
+        try:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, number)
+        finally:
+            os.close(pidfd)
 
 
 def _sandbox_process(container: Container) -> int | None:

@@ -73,14 +73,14 @@ class Runtime(Protocol):
         ...
 
     async def checkpoint(self, container: Container, image: Path) -> None:
-        """Write memory, processes and files into an empty directory. The container is left as it was.
+        """Write memory, processes and files into an empty directory. The tasks go on or stand still as before.
 
         A failure, a full disk among them, leaves the container as it was too.
         """
         ...
 
     async def freeze(self, container: Container) -> None:
-        """Stop every task; memory stays held."""
+        """Stop every task, so that no CPU is used; memory stays held. One that stands still already is left alone."""
         ...
 
     async def thaw(self, container: Container) -> None:

@@ -137,12 +137,22 @@ class Supervisor:
     async def resume(
         self, sandbox_id: str, timeout: int | None, *, memory: bool = True, changes: Mapping[str, Any] | None = None
     ) -> Entry:
-        """As `connect`, but a sandbox that runs already is a conflict."""
-        if self.entry(sandbox_id).phase == "running":
+        """As `connect`, but a sandbox that runs already, and does not stand still, is a conflict."""
+        entry = self.entry(sandbox_id)
+        if entry.phase == "running" and not entry.record.frozen:
             msg = f"Sandbox {sandbox_id} is already running"
             raise ConflictError(msg, op="resume", sandbox_id=sandbox_id)
 
         return (await self.connect(sandbox_id, timeout, memory=memory, changes=changes))[0]
+
+    async def freeze(self, sandbox_id: str) -> None:
+        """Stop its tasks and keep its RAM; whatever reaches it afterwards thaws it. One that is frozen stays so.
+
+        Raises:
+            ConflictError: Somebody is connected to it, or it does not run.
+            EngineError: It could not be frozen, and runs on.
+        """
+        await self.carry_out(self.transitions.freeze(self._settled(sandbox_id, "freeze")))
 
     async def pause(self, sandbox_id: str, *, memory: bool = True, healthy: bool = False) -> None:
         """Memory, processes and files on disk, RAM free; joins a pause in progress.
@@ -180,12 +190,14 @@ class Supervisor:
             ConflictError: It is on its way to or from a pause.
             ConfigError: It has run for as long as a sandbox may.
         """
-        await self.carry_out(self.transitions.set_timeout(self._settled(sandbox_id), timeout, shorten=True))
+        entry = self._settled(sandbox_id, "set_timeout")
+        await self.carry_out(self.transitions.set_timeout(entry, timeout, shorten=True))
 
     async def refresh(self, sandbox_id: str, duration: int | None) -> None:
         """Let it live for at least `duration` more seconds; raises as `set_timeout` does."""
         seconds = max(duration or 0, _LEAST_REFRESH)
-        await self.carry_out(self.transitions.set_timeout(self._settled(sandbox_id), seconds, shorten=False))
+        entry = self._settled(sandbox_id, "set_timeout")
+        await self.carry_out(self.transitions.set_timeout(entry, seconds, shorten=False))
 
     async def change(self, sandbox_id: str, changes: Mapping[str, Any]) -> None:
         """Change a sandbox's record for good."""
@@ -200,7 +212,9 @@ class Supervisor:
         return self.sandboxes.entry(sandbox_id)
 
     async def for_traffic(self, sandbox_id: str) -> Entry:
-        """The sandbox, running and with a tunnel; one that sleeps is resumed where its record says so.
+        """The sandbox, awake and with a tunnel; one that sleeps is resumed where its record says so.
+
+        Until something is waited for after this, it stays awake: a stream that is begun at once keeps it so.
 
         Raises:
             NotFoundError: There is none, or it sleeps and traffic does not wake it.
@@ -208,17 +222,20 @@ class Supervisor:
             EngineError: It could not be resumed or reached.
         """
         entry = self.entry(sandbox_id)
-        if entry.phase == "running" and entry.tunnel is not None and entry.tunnel.attached:
+        if entry.awake:
             return entry
 
-        if entry.phase == "shutting down" or (entry.phase == "pausing" and not entry.record.wakes):
-            msg = f"Sandbox {sandbox_id} is being paused. Connect to it to resume it."
-            raise ConflictError(msg, op="connect", sandbox_id=sandbox_id)
+        while True:
+            if entry.phase == "shutting down" or (entry.phase == "pausing" and not entry.record.wakes):
+                msg = f"Sandbox {sandbox_id} is being paused. Connect to it to resume it."
+                raise ConflictError(msg, op="connect", sandbox_id=sandbox_id)
 
-        # Looked at here as well: the lock may be held for long by a transition that this must not wait for.
-        self.transitions.check_awake(entry)
-        await self.carry_out(self.transitions.wake(entry))
-        return entry
+            # Looked at here as well: the lock may be held for long by a transition that this must not wait for.
+            self.transitions.check_awake(entry)
+            await self.carry_out(self.transitions.wake(entry))
+            # It may have been frozen again before this had its turn.
+            if not entry.record.frozen:
+                return entry
 
     def entries(self) -> list[Entry]:
         """All sandboxes, whatever they are doing."""
@@ -273,11 +290,11 @@ class Supervisor:
     def _on_end(self, entry: Entry, container: Container) -> None:
         self._spawn(self.transitions.lost(entry, container))
 
-    def _settled(self, sandbox_id: str) -> Entry:
+    def _settled(self, sandbox_id: str, op: str) -> Entry:
         entry = self.entry(sandbox_id)
         if entry.phase not in ("running", "paused"):
             msg = f"Sandbox {sandbox_id} is {entry.phase}. Try again in a moment."
-            raise ConflictError(msg, op="set_timeout", sandbox_id=sandbox_id)
+            raise ConflictError(msg, op=op, sandbox_id=sandbox_id)
         return entry
 
     def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:

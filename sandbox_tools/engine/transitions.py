@@ -146,18 +146,42 @@ class Transitions:
         self._journal.note(entry.record.id, "resumed without its memory" if rebooted else "resumed")
         self._on_deadline_moved()
 
+    async def freeze(self, entry: Entry) -> None:
+        async with entry.lock:
+            self._sandboxes.check_there(entry)
+            if entry.phase != "running":
+                msg = f"Sandbox {entry.record.id} is {entry.phase}, and only a running one can be frozen."
+                raise ConflictError(msg, op="freeze", sandbox_id=entry.record.id)
+            if entry.record.frozen:
+                return
+            if entry.tunnel is not None and (ports := entry.tunnel.in_use):
+                where = ", ".join(map(str, sorted(ports)))
+                msg = f"Sandbox {entry.record.id} is in use: connections are open (port {where}). Try again afterwards."
+                raise ConflictError(msg, op="freeze", sandbox_id=entry.record.id)
+
+            try:
+                await self._lifecycle.freeze(entry)
+            except EngineError:
+                await self._reach(entry)
+                raise
+            self._journal.note(entry.record.id, "frozen", level="debug")
+
     async def _reach(self, entry: Entry) -> None:
-        """Have a tunnel to a sandbox that runs."""
-        if entry.tunnel is not None and entry.tunnel.attached:
+        """Have a sandbox that runs awake and with a tunnel."""
+        if entry.awake:
             return
 
-        if not await self._lifecycle.adopt(entry):
+        frozen = entry.record.frozen
+        if not await (self._lifecycle.thaw(entry) if frozen else self._lifecycle.adopt(entry)):
             await self.end(entry, _by_itself(entry))
             raise self._sandboxes.unknown(entry.record.id)
 
         if entry.tunnel is None:
             msg = f"Sandbox {entry.record.id} runs but can't be reached now. Try again in a moment."
             raise EngineError(msg, op="connect", sandbox_id=entry.record.id)
+
+        if frozen:
+            self._journal.note(entry.record.id, "thawed", level="debug")
 
     async def set_timeout(self, entry: Entry, seconds: int, *, shorten: bool) -> None:
         async with entry.lock:
@@ -189,6 +213,8 @@ class Transitions:
             # A call that came during a pause finds it done and has joined it.
             if entry.phase == "running":
                 if healthy:
+                    if entry.record.frozen:
+                        await self._reach(entry)
                     await self._lifecycle.check_health(entry)
                 await self._pause_locked(entry, memory=memory)
 

@@ -99,6 +99,12 @@ class Tunnel:
         """Whether streams can be opened; a guest that breaks the rules of the tunnel ends that."""
         return self._mux is not None and not self._mux.closed.done()
 
+    @property
+    def in_use(self) -> set[int]:
+        """The ports that somebody has a stream to."""
+        streams = self._mux.streams.values() if self._mux is not None else ()
+        return {stream.port for stream in streams if stream not in self.kept}
+
     def detach(self, reason: str) -> None:
         """Drop every stream and let go of the pipes; the guest is left as it is. Safe to call twice."""
         if self._mux is not None:

@@ -1,199 +1,246 @@
 """Remembers which sandbox a conversation has and who uses it now, as plain rows that processes share.
 
-Two facts guard a sandbox. A *use* is shared: a lease (one tool call in flight) or an open turn, each a row with an
-expiry that its process renews. A *transition* (create, pause, kill) is exclusive: its holder and fence stand in
-the sandbox's own row. A use is refused while a transition is under way and a pause while a use is alive, each in one
-transaction, so no two processes can disagree. A write after a transition carries its fence: a holder that slept
-past its expiry changes nothing.
+Two facts guard a sandbox. A *use* is shared: a lease (one tool call in flight), an open turn, or a hold, each a row
+with an expiry; those of a process it renews. A *transition* (create, pause, kill) is exclusive: its holder and fence
+stand in the sandbox's own row. A lease is refused while a transition is under way and a pause while a lease is alive,
+each in one transaction, so no two processes can disagree. A write after a transition carries its fence: a holder that
+slept past its expiry changes nothing. Times are the callers', in seconds since the epoch: the clocks of hosts that
+share a database must agree within a few seconds, against expiries of a minute.
 """
 
 from __future__ import annotations
 
-import asyncio
-import os
-import secrets
-import sqlite3
-import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, TypeVar
 
-from sandbox_tools.errors import ConfigError
+from sandbox_tools.session.database import Connection, Database, PostgresDatabase, SqliteDatabase
+from sandbox_tools.session.notes import Notes
+from sandbox_tools.session.queries import (
+    binding_in,
+    current_of,
+    insert_binding,
+    many,
+    note_lost,
+    note_used,
+    one,
+    write_pointer,
+    write_use,
+)
+from sandbox_tools.session.rows import COLUMNS, Binding, Hint, Hold, Unless, new_handle
 
-T = TypeVar("T")
+STALE = 86_400.0
+"""Seconds after its expiry at which what a dead process left of a use is dropped."""
 
-Hint = Literal["new", "creating", "running", "paused", "unknown"]
-"""`creating`: a create was sent and its answer not yet written here. `unknown`: ask the server."""
-
-Unless = Literal["nothing", "leased", "used"]
-"""What refuses a transition: nothing, a live lease, or a live lease or open turn."""
-
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS sandboxes (
-    handle TEXT PRIMARY KEY,
-    owner TEXT NOT NULL,
-    thread TEXT NOT NULL,
-    sandbox_id TEXT,
-    state TEXT NOT NULL DEFAULT 'new',
-    awake_until REAL NOT NULL DEFAULT 0,
-    idle_since REAL NOT NULL,
-    fence INTEGER NOT NULL DEFAULT 0,
-    holder TEXT,
-    held_until REAL NOT NULL DEFAULT 0
-);
-CREATE INDEX IF NOT EXISTS sandboxes_of_an_owner ON sandboxes (owner);
-CREATE TABLE IF NOT EXISTS threads (
-    owner TEXT NOT NULL,
-    thread TEXT NOT NULL,
-    handle TEXT,
-    lost INTEGER NOT NULL DEFAULT 0,
-    PRIMARY KEY (owner, thread)
-);
-CREATE TABLE IF NOT EXISTS uses (
-    id TEXT PRIMARY KEY,
-    holder TEXT NOT NULL,
-    owner TEXT NOT NULL,
-    thread TEXT NOT NULL,
-    handle TEXT,
-    until REAL NOT NULL
-);
-"""
+TAKEN_OVER = 100
+"""How many neglected sandboxes one look finds at most."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Binding:
-    """One sandbox of one owner, as last written.
+class Bindings(Notes):
+    """All of it, over one database; `SqliteBindings` and `PostgresBindings` name it.
 
-    Attributes:
-        thread: The thread it was made for; other threads of the owner may have taken it over since.
-        sandbox_id: None: none has been made yet, or a create is under way.
-        awake_until: When the server's own timer ends it, as we last set it; seconds since the epoch.
-        idle_since: When its last lease or turn ended; seconds since the epoch.
-        fence: Grows with every transition.
+    Calls that have begun run to their end, even if their caller is cancelled: whoever may be cancelled therefore names
+    what it takes (a use's `id`) before it asks.
     """
 
-    handle: str
-    owner: str
-    thread: str
-    sandbox_id: str | None
-    state: Hint
-    awake_until: float
-    idle_since: float
-    fence: int
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._transact = database.transact
 
+    async def aclose(self) -> None:
+        """Close the database; calls already made are finished first."""
+        await self._database.aclose()
 
-COLUMNS = ", ".join(field.name for field in fields(Binding))
+    # Which thread has which sandbox.
 
+    async def current(self, owner: str, thread: str, now: float, *, sensitive: bool = False) -> Binding:
+        """The thread's binding; a new one, with a new handle, if it has none.
 
-def new_handle() -> str:
-    """A word the model can repeat and nobody can guess: 50 random bits."""
-    alphabet = "abcdefghijkmnpqrstuvwxyz23456789"
-    return "sbx-" + "".join(secrets.choice(alphabet) for _ in range(10))
+        Args:
+            sensitive: Of a new one.
+        """
 
-
-class SqliteBindings:
-    """Bindings in one SQLite file on a local disk (not NFS); made on first use, readable by this user only.
-
-    Every call runs to its end in one worker thread, in order, even if its caller is cancelled: whoever may be
-    cancelled therefore names what it takes (a use's `id`) before it asks.
-
-    Args:
-        path: The database file; its directory is made if missing.
-    """
-
-    def __init__(self, path: Path | str) -> None:
-        self.path = path
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sandbox-bindings")
-        self._opened: sqlite3.Connection | None = None
-
-    async def current(self, owner: str, thread: str, now: float) -> Binding:
-        """The thread's binding; a new one, with a new handle, if it has none."""
-
-        def work(db: sqlite3.Connection) -> Binding:
-            found = _current(db, owner, thread)
-            if found is not None:
-                return found
-            handle = new_handle()
-            columns = "(handle, owner, thread, idle_since) VALUES (?, ?, ?, ?)"
-            row = db.execute(
-                f"INSERT INTO sandboxes {columns} RETURNING {COLUMNS}", (handle, owner, thread, now)
-            ).fetchone()
-            _point(db, owner, thread, handle)
-            return Binding(**dict(row))
+        def work(db: Connection) -> Binding:
+            db.run(
+                "INSERT INTO threads (owner, thread) VALUES (:owner, :thread) ON CONFLICT (owner, thread) DO NOTHING",
+                owner=owner,
+                thread=thread,
+            )
+            db.rows(
+                f"SELECT 1 FROM threads WHERE owner = :owner AND thread = :thread{db.lock}", owner=owner, thread=thread
+            )
+            found = current_of(db, owner, thread)
+            return found or insert_binding(db, owner, thread, new_handle(), now, sensitive=sensitive)
 
         return await self._transact(work)
 
     async def find(self, owner: str, thread: str) -> Binding | None:
         """The thread's binding. None: it has none."""
-        return await self._transact(lambda db: _current(db, owner, thread))
+        return await self._transact(lambda db: current_of(db, owner, thread))
+
+    async def get(self, handle: str) -> Binding | None:
+        """The binding of that handle, whosever it is. None: there is none."""
+        return await self._transact(lambda db: one(db, "WHERE handle = :handle", handle=handle))
 
     async def by_handle(self, owner: str, handle: str) -> Binding | None:
         """The owner's binding of that handle. None: there is none, or it is another owner's."""
-        where = "WHERE owner = ? AND handle = ?"
-        return await self._transact(lambda db: _one(db, where, (owner, handle)))
+        where = "WHERE owner = :owner AND handle = :handle"
+        return await self._transact(lambda db: one(db, where, owner=owner, handle=handle))
 
     async def of_owner(self, owner: str) -> list[Binding]:
         """All of an owner's bindings."""
+        return await self._transact(lambda db: many(db, "WHERE owner = :owner", owner=owner))
 
-        def work(db: sqlite3.Connection) -> list[Binding]:
-            rows = db.execute(f"SELECT {COLUMNS} FROM sandboxes WHERE owner = ?", (owner,))
-            return [Binding(**dict(row)) for row in rows]
+    async def point(self, owner: str, thread: str, handle: str | None) -> None:
+        """Make a sandbox the thread's current one. None: it has none then, and gets another at its next use."""
+        await self._transact(lambda db: write_pointer(db, owner, thread, handle))
+
+    async def adopt(
+        self,
+        owner: str,
+        thread: str,
+        handle: str,
+        *,
+        sandbox_id: str,
+        state: Hint,
+        sensitive: bool,
+        now: float,
+    ) -> bool:
+        """Bind a sandbox that was found by its stamp, and whose binding was lost; False: it is bound already.
+
+        A thread that has no sandbox, or one that was never made, has it as its own then.
+        """
+
+        def work(db: Connection) -> bool:
+            bound = one(db, "WHERE handle = :handle OR sandbox_id = :id", handle=handle, id=sandbox_id)
+            if bound is not None:
+                return False
+            before = current_of(db, owner, thread)
+            if before is not None and before.state == "new":
+                db.run("DELETE FROM sandboxes WHERE handle = :handle AND state = 'new'", handle=before.handle)
+                before = None
+            insert_binding(db, owner, thread, handle, now, sensitive=sensitive, point=before is None)
+            db.run(
+                "UPDATE sandboxes SET sandbox_id = :id, state = :state WHERE handle = :handle",
+                id=sandbox_id,
+                state=state,
+                handle=handle,
+            )
+            return True
 
         return await self._transact(work)
 
-    async def point(self, owner: str, thread: str, handle: str) -> None:
-        """Make a sandbox the thread's current one."""
-        await self._transact(lambda db: _point(db, owner, thread, handle))
+    # Uses.
 
     async def begin_lease(
-        self, owner: str, thread: str, handle: str, *, use: str, holder: str, now: float, until: float
+        self,
+        owner: str,
+        thread: str,
+        handle: str,
+        *,
+        use: str,
+        holder: str,
+        now: float,
+        until: float,
+        ahead: bool = False,
     ) -> Binding | None:
-        """Keep the sandbox from being paused until `until`.
+        """Keep the sandbox from being paused until `until`; its idle period is over.
 
+        `ahead`: it is only woken, for a tool call that may come.
         Returns:
             Its binding. None: it is in a transition or gone; look again.
         """
+        where = "WHERE owner = :owner AND handle = :handle AND (holder IS NULL OR held_until <= :now)"
 
-        def work(db: sqlite3.Connection) -> Binding | None:
-            found = _one(
-                db,
-                "WHERE owner = ? AND handle = ? AND (holder IS NULL OR held_until <= ?)",
-                (owner, handle, now),
-            )
+        def work(db: Connection) -> Binding | None:
+            found = one(db, where + db.lock, owner=owner, handle=handle, now=now)
             if found is not None:
-                db.execute(
-                    "INSERT OR REPLACE INTO uses VALUES (?, ?, ?, ?, ?, ?)", (use, holder, owner, thread, handle, until)
-                )
+                write_use(db, use, "lease", holder, owner, thread, handle, until)
+                note_used(db, handle, now, leased=not ahead)
             return found
 
         return await self._transact(work)
 
-    async def begin_turn(self, owner: str, thread: str, *, use: str, holder: str, until: float) -> None:
+    async def begin_turn(self, owner: str, thread: str, *, use: str, holder: str, now: float, until: float) -> None:
         """Keep whatever sandbox the thread has, or gets, from being paused by a policy until `until`."""
-        values = (use, holder, owner, thread, None, until)
-        await self._transact(lambda db: db.execute("INSERT OR REPLACE INTO uses VALUES (?, ?, ?, ?, ?, ?)", values))
+
+        def work(db: Connection) -> None:
+            write_use(db, use, "turn", holder, owner, thread, None, until)
+            if (current := current_of(db, owner, thread)) is not None:
+                note_used(db, current.handle, now, leased=False)
+
+        await self._transact(work)
+
+    async def hold(self, owner: str, thread: str, handle: str, *, use: str, pid: int | None, until: float) -> None:
+        """Keep the sandbox from being paused by a policy until `until`, beyond this process; again: until then.
+
+        Args:
+            pid: The command for whose sake. None: somebody asked for a time.
+        """
+        await self._transact(lambda db: write_use(db, use, "hold", "", owner, thread, handle, until, pid))
+
+    async def holds(self, handle: str, now: float) -> list[Hold]:
+        """What holds the sandbox now."""
+        statement = "SELECT id, pid, until FROM uses WHERE handle = :handle AND kind = 'hold' AND until > :now"
+        return await self._transact(lambda db: [Hold(**row) for row in db.rows(statement, handle=handle, now=now)])
 
     async def end_use(self, use: str, now: float) -> str | None:
-        """End a lease or a turn, and let the idle time of its sandbox begin.
+        """End a lease, a turn or a hold, and let the idle time of its sandbox begin.
 
         Returns:
             The handle of that sandbox. None: there was no such use, or its thread has no sandbox.
         """
 
-        def work(db: sqlite3.Connection) -> str | None:
-            ended = db.execute("DELETE FROM uses WHERE id = ? RETURNING owner, thread, handle", (use,)).fetchone()
-            if ended is None:
+        def work(db: Connection) -> str | None:
+            ended = db.rows("DELETE FROM uses WHERE id = :use RETURNING owner, thread, handle", use=use)
+            if not ended:
                 return None
-            handle: str | None = ended["handle"]
+            handle: str | None = ended[0]["handle"]
             if handle is None:
-                current = _current(db, ended["owner"], ended["thread"])
+                current = current_of(db, ended[0]["owner"], ended[0]["thread"])
                 handle = current.handle if current else None
-            db.execute("UPDATE sandboxes SET idle_since = max(idle_since, ?) WHERE handle = ?", (now, handle))
+            db.run(
+                "UPDATE sandboxes SET idle_since = :now WHERE handle = :handle AND idle_since < :now",
+                now=now,
+                handle=handle,
+            )
             return handle
 
         return await self._transact(work)
+
+    async def renew(self, holder: str, *, now: float, until: float) -> None:
+        """Prolong all uses and transitions of one registry, and drop what dead ones left long ago."""
+
+        def work(db: Connection) -> None:
+            db.run("UPDATE uses SET until = :until WHERE holder = :holder", until=until, holder=holder)
+            db.run("UPDATE sandboxes SET held_until = :until WHERE holder = :holder", until=until, holder=holder)
+            db.run("DELETE FROM uses WHERE until < :stale", stale=now - STALE)
+
+        await self._transact(work)
+
+    async def list_idle(self, before: float, now: float) -> list[str]:
+        """The handles of what nobody uses and that should have been paused by then, as the process that was to is gone.
+
+        One that died with a lease in hand had asked no policy yet: then it is what was not used since `before`. What is
+        held for a command counts as in use until the command is due to be asked after again (`defer`).
+        """
+        statement = f"""
+            SELECT handle FROM sandboxes
+            WHERE sandbox_id IS NOT NULL AND state IN ('running', 'frozen', 'unknown')
+            AND (holder IS NULL OR held_until <= :now) AND coalesce(due_at, idle_since) <= :before
+            AND NOT EXISTS (
+                SELECT 1 FROM uses WHERE uses.handle = sandboxes.handle AND uses.until > :now AND uses.pid IS NULL)
+            AND NOT EXISTS (
+                SELECT 1 FROM uses JOIN threads USING (owner, thread)
+                WHERE uses.handle IS NULL AND threads.handle = sandboxes.handle AND uses.until > :now)
+            ORDER BY coalesce(due_at, idle_since) LIMIT {TAKEN_OVER}"""
+        rows = await self._transact(lambda db: db.rows(statement, before=before, now=now))
+        return [row["handle"] for row in rows]
+
+    async def defer(self, handle: str, due_at: float, awake_until: float) -> None:
+        """Note when what holds the sandbox is looked at again, and how long the server's timer lets it run."""
+        statement = "UPDATE sandboxes SET due_at = :due_at, awake_until = :until WHERE handle = :handle"
+        await self._transact(lambda db: db.run(statement, due_at=due_at, until=awake_until, handle=handle))
+
+    # Transitions.
 
     async def begin_transition(
         self, handle: str, *, holder: str, now: float, until: float, unless: Unless
@@ -207,52 +254,71 @@ class SqliteBindings:
             UPDATE sandboxes SET fence = fence + 1, holder = :holder, held_until = :until
             WHERE handle = :handle AND (holder IS NULL OR held_until <= :now)
             AND (:unless = 'nothing' OR NOT EXISTS (
-                SELECT 1 FROM uses WHERE uses.handle = :handle AND uses.until > :now))
-            AND (:unless != 'used' OR NOT EXISTS (
+                SELECT 1 FROM uses WHERE uses.handle = :handle AND uses.until > :now
+                AND (uses.kind = 'lease' OR :unless = 'used')))
+            AND (:unless <> 'used' OR NOT EXISTS (
                 SELECT 1 FROM uses JOIN threads USING (owner, thread)
                 WHERE uses.handle IS NULL AND threads.handle = :handle AND uses.until > :now))
             RETURNING {COLUMNS}"""
-        values = {"handle": handle, "holder": holder, "now": now, "until": until, "unless": unless}
 
-        def work(db: sqlite3.Connection) -> Binding | None:
-            row = db.execute(statement, values).fetchone()
-            return None if row is None else Binding(**dict(row))
+        def work(db: Connection) -> Binding | None:
+            # Whoever begins a lease has locked this row before: once it is ours, what it has written is seen.
+            db.rows(f"SELECT 1 FROM sandboxes WHERE handle = :handle{db.lock}", handle=handle)
+            rows = db.rows(statement, handle=handle, holder=holder, now=now, until=until, unless=unless)
+            return binding_in(rows[0]) if rows else None
 
         return await self._transact(work)
 
     async def write(self, held: Binding, *, state: Hint, sandbox_id: str | None, awake_until: float = 0) -> bool:
         """Note what the server was asked or has answered, the transition going on. False: the fence has passed."""
-        return await self._write(held, "", (sandbox_id, state, awake_until))
+        return await self._write(held, "", state, sandbox_id, awake_until, held.due_at)
 
     async def end_transition(
-        self, held: Binding, *, state: Hint, sandbox_id: str | None, awake_until: float = 0
+        self,
+        held: Binding,
+        *,
+        state: Hint,
+        sandbox_id: str | None,
+        awake_until: float = 0,
+        due_at: float | None = None,
     ) -> bool:
         """Note the outcome and let others in. False: the fence has passed, nothing was written."""
-        return await self._write(held, ", holder = NULL, held_until = 0", (sandbox_id, state, awake_until))
+        more = ", holder = NULL, held_until = 0"
+        return await self._write(held, more, state, sandbox_id, awake_until, due_at)
 
-    async def _write(self, held: Binding, more: str, values: tuple[str | None, str, float]) -> bool:
-        statement = (
-            f"UPDATE sandboxes SET sandbox_id = ?, state = ?, awake_until = ?{more} WHERE handle = ? AND fence = ?"
-        )
+    async def _write(
+        self, held: Binding, more: str, state: Hint, sandbox_id: str | None, awake_until: float, due_at: float | None
+    ) -> bool:
+        statement = f"""
+            UPDATE sandboxes SET sandbox_id = :sandbox_id, state = :state, awake_until = :awake_until,
+            due_at = :due_at{more} WHERE handle = :handle AND fence = :fence"""
+        values = {"sandbox_id": sandbox_id, "state": state, "awake_until": awake_until, "due_at": due_at}
         return await self._transact(
-            lambda db: db.execute(statement, (*values, held.handle, held.fence)).rowcount == 1,
+            lambda db: db.run(statement, handle=held.handle, fence=held.fence, **values) == 1,
+        )
+
+    async def mark(self, held: Binding, sentinel: str | None) -> bool:
+        """Note what was left in the sandbox to be looked for, the transition going on. False: the fence has passed."""
+        statement = "UPDATE sandboxes SET sentinel = :sentinel WHERE handle = :handle AND fence = :fence"
+        return await self._transact(
+            lambda db: db.run(statement, sentinel=sentinel, handle=held.handle, fence=held.fence) == 1
         )
 
     async def abandon(self, held: Binding) -> None:
         """End the transition if it has not been ended; what was running then may be running still."""
         statement = """
-            UPDATE sandboxes SET holder = NULL, held_until = 0, state = iif(state = 'running', 'unknown', state)
-            WHERE handle = ? AND fence = ? AND holder IS NOT NULL"""
-        await self._transact(lambda db: db.execute(statement, (held.handle, held.fence)))
+            UPDATE sandboxes SET holder = NULL, held_until = 0,
+            state = CASE WHEN state IN ('running', 'frozen') THEN 'unknown' ELSE state END
+            WHERE handle = :handle AND fence = :fence AND holder IS NOT NULL"""
+        await self._transact(lambda db: db.run(statement, handle=held.handle, fence=held.fence))
 
     async def note(self, held: Binding, *, state: Hint, awake_until: float) -> None:
         """Note what was seen of the sandbox under a lease, where no transition is needed to see it."""
-        await self._transact(
-            lambda db: db.execute(
-                "UPDATE sandboxes SET state = ?, awake_until = ? WHERE handle = ? AND sandbox_id = ?",
-                (state, awake_until, held.handle, held.sandbox_id),
-            )
-        )
+        statement = """
+            UPDATE sandboxes SET state = :state, awake_until = :awake_until
+            WHERE handle = :handle AND sandbox_id = :sandbox_id"""
+        values = {"state": state, "awake_until": awake_until, "handle": held.handle, "sandbox_id": held.sandbox_id}
+        await self._transact(lambda db: db.run(statement, **values))
 
     async def forget(self, held: Binding, *, lost: bool) -> bool:
         """Drop the binding in a transition; its threads have no sandbox then.
@@ -263,68 +329,53 @@ class SqliteBindings:
         Returns:
             False: the fence has passed, nothing was dropped.
         """
+        statement = "DELETE FROM sandboxes WHERE handle = :handle AND fence = :fence"
 
-        def work(db: sqlite3.Connection) -> bool:
-            dropped = db.execute("DELETE FROM sandboxes WHERE handle = ? AND fence = ?", (held.handle, held.fence))
-            if dropped.rowcount:
-                db.execute(
-                    "UPDATE threads SET handle = NULL, lost = max(lost, ?) WHERE handle = ?", (lost, held.handle)
-                )
-            return dropped.rowcount == 1
+        def work(db: Connection) -> bool:
+            if db.run(statement, handle=held.handle, fence=held.fence) == 0:
+                return False
+            if lost:
+                note_lost(db, held.handle, {"sandbox"})
+            db.run("UPDATE threads SET handle = NULL WHERE handle = :handle", handle=held.handle)
+            db.run("DELETE FROM uses WHERE handle = :handle AND kind = 'hold'", handle=held.handle)
+            return True
 
         return await self._transact(work)
 
-    async def take_lost(self, owner: str, thread: str) -> bool:
-        """Whether the thread lost its state since it was last told; answers True once."""
-        statement = "UPDATE threads SET lost = 0 WHERE owner = ? AND thread = ? AND lost"
-        return await self._transact(lambda db: db.execute(statement, (owner, thread)).rowcount == 1)
+    # What was lost.
 
-    async def renew(self, holder: str, *, now: float, until: float) -> None:
-        """Prolong all uses and transitions of one registry, and drop what dead ones left a day ago."""
+    async def note_lost(self, handle: str, *lost: str) -> None:
+        """Have the threads that use the sandbox be told, once, that this of its state was lost."""
+        await self._transact(lambda db: note_lost(db, handle, set(lost)))
 
-        def work(db: sqlite3.Connection) -> None:
-            db.execute("UPDATE uses SET until = ? WHERE holder = ?", (until, holder))
-            db.execute("UPDATE sandboxes SET held_until = ? WHERE holder = ?", (until, holder))
-            db.execute("DELETE FROM uses WHERE until < ?", (now - 86_400,))
+    async def take_lost(self, owner: str, thread: str) -> frozenset[str]:
+        """What the thread has lost since it was last asked; each loss is told once.
 
-        await self._transact(work)
+        Returns:
+            `"sandbox"`, or `"memory"` or `"files"` where it woke without. Empty: nothing.
+        """
+        where = "WHERE owner = :owner AND thread = :thread AND losses <> ''"
 
-    async def aclose(self) -> None:
-        """Close the file; calls already made are finished first."""
+        def work(db: Connection) -> frozenset[str]:
+            rows = db.rows(f"SELECT losses FROM threads {where}{db.lock}", owner=owner, thread=thread)
+            if not rows:
+                return frozenset()
+            db.run(f"UPDATE threads SET losses = '' {where}", owner=owner, thread=thread)
+            return frozenset(rows[0]["losses"].split(","))
 
-        def close() -> None:
-            if self._opened is not None:
-                self._opened.close()
-                self._opened = None
+        return await self._transact(work)
 
-        await asyncio.get_running_loop().run_in_executor(self._worker, close)
-        self._worker.shutdown(wait=False)
 
-    async def _transact(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        def transaction() -> T:
-            db = self._open()
-            # The write lock is taken at once: a reader that turns writer could fail halfway.
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                outcome = work(db)
-                db.execute("COMMIT")
-            except BaseException:
-                db.execute("ROLLBACK")
-                raise
-            return outcome
+class SqliteBindings(Bindings):
+    """Bindings in one SQLite file on a local disk (not NFS), for the processes of one host.
 
-        return await asyncio.get_running_loop().run_in_executor(self._worker, transaction)
+    Args:
+        path: The database file; it is made on first use, with its directory, for this user only.
+    """
 
-    def _open(self) -> sqlite3.Connection:
-        if self._opened is None:
-            if self.path != ":memory:":
-                _make_private(Path(self.path))
-            db = sqlite3.connect(self.path, isolation_level=None, timeout=30, check_same_thread=False)
-            db.row_factory = sqlite3.Row
-            _use_wal(db)
-            db.executescript(SCHEMA)
-            self._opened = db
-        return self._opened
+    def __init__(self, path: Path | str) -> None:
+        super().__init__(SqliteDatabase(path))
+        self.path = path
 
 
 class MemoryBindings(SqliteBindings):
@@ -334,41 +385,16 @@ class MemoryBindings(SqliteBindings):
         super().__init__(":memory:")
 
 
-def _make_private(path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-    except OSError as error:
-        msg = f"Cannot write the bindings to {str(path)!r}: {error.strerror}. Set `SANDBOX_TOOLS_STATE_DIR`."
-        raise ConfigError(msg) from error
+class PostgresBindings(Bindings):
+    """Bindings in a Postgres database, for many hosts; its tables are made on first use, in the default schema.
 
+    Args:
+        place: As libpq takes it: `postgresql://user@host/name`.
+        connections: How many this process opens at most; calls beyond wait for each other.
 
-def _use_wal(db: sqlite3.Connection) -> None:
-    # The only statement that SQLite's own timeout does not cover: two that open a new file at once collide here.
-    give_up = time.monotonic() + 30
-    while True:
-        try:
-            db.execute("PRAGMA journal_mode = WAL")
-            return
-        except sqlite3.OperationalError:
-            if time.monotonic() > give_up:
-                raise
-            time.sleep(0.01)
+    Raises:
+        ConfigError: The extra `postgres` is not installed.
+    """
 
-
-def _one(db: sqlite3.Connection, where: str, values: tuple[object, ...]) -> Binding | None:
-    row = db.execute(f"SELECT {COLUMNS} FROM sandboxes {where}", values).fetchone()
-    return None if row is None else Binding(**dict(row))
-
-
-def _current(db: sqlite3.Connection, owner: str, thread: str) -> Binding | None:
-    where = "WHERE handle = (SELECT handle FROM threads WHERE owner = ? AND thread = ?)"
-    return _one(db, where, (owner, thread))
-
-
-def _point(db: sqlite3.Connection, owner: str, thread: str, handle: str) -> None:
-    db.execute(
-        "INSERT INTO threads (owner, thread, handle) VALUES (?, ?, ?) "
-        "ON CONFLICT (owner, thread) DO UPDATE SET handle = excluded.handle",
-        (owner, thread, handle),
-    )
+    def __init__(self, place: str, *, connections: int = 4) -> None:
+        super().__init__(PostgresDatabase(place, connections=connections))

@@ -4,69 +4,59 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import secrets
 from collections.abc import AsyncIterator, Coroutine
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sandbox_tools.errors import ExecutionTimeoutError, SandboxError
-from sandbox_tools.session.transitions import HOLD, OWNER
+from sandbox_tools.errors import ConfigError, ExecutionTimeoutError, SandboxError
+from sandbox_tools.session.retention import PausedSandbox
+from sandbox_tools.session.turns import Lease
 
 if TYPE_CHECKING:
     from sandbox_tools.client import Sandbox
     from sandbox_tools.session.sessions import Sessions
 
+log = logging.getLogger("sandbox_tools.session")
+
 T = TypeVar("T")
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PausedSandbox:
-    """One paused sandbox of an owner, as its model may see it.
-
-    Attributes:
-        handle: What `Session.resume` takes.
-        thread: The conversation it was made for.
-        paused_at: When it was paused.
-        age: Seconds since then.
-        snapshot_bytes: Its size on disk. None: the provider does not say.
-        current: Whether it is the asking thread's own.
-    """
-
-    handle: str
-    thread: str
-    paused_at: datetime
-    age: float
-    snapshot_bytes: int | None
-    current: bool
+COMMAND_LIMIT = 86_400.0
+"""Seconds for which a command in the background may keep its sandbox awake."""
 
 
 class Session:
     """One conversation of one owner; made by `Sessions.session`, cheap, and not bound to one sandbox for life."""
 
-    def __init__(self, sessions: Sessions, thread: str, owner: str) -> None:
+    def __init__(self, sessions: Sessions, thread: str, owner: str, *, sensitive: bool = False) -> None:
         self.thread = thread
         self.owner = owner
+        self.sensitive = sensitive
+        self._key = (owner, thread)
         self._sessions = sessions
-        self._transitions = sessions._transitions
-        self._bindings = sessions._bindings
+        self._transitions = sessions.transitions
+        self._bindings = sessions.bindings
+        self._turns = sessions.turns
 
     @contextlib.asynccontextmanager
     async def lease(self) -> AsyncIterator[Sandbox]:
         """The thread's sandbox, created or woken if need be; nothing pauses it inside the `async with`.
 
+        A command that is started in it and runs on keeps the sandbox awake until it has ended.
+
         Raises:
             SandboxBusyError: Another process has been creating or pausing it for a quarter of an hour.
             OwnershipError: The sandbox does not bear this owner's stamp.
         """
-        self._sessions._on_own_loop()
+        self._sessions.on_own_loop()
         use = secrets.token_hex(8)
         opening = self._sessions.spawn(self._open(use))
         try:
             yield await asyncio.shield(opening)
         except SandboxError as error:
-            if not isinstance(error, ExecutionTimeoutError):
-                self._transitions.distrust(self._sessions._leases.get(use))
+            lease = self._turns.leases.get(use)
+            if lease is not None and not isinstance(error, ExecutionTimeoutError):
+                self._transitions.distrust(lease.handle)
             raise
         finally:
             ending = self._sessions.spawn(self._end_lease(use, opening))
@@ -88,10 +78,13 @@ class Session:
             await self.turn_ended(run)
 
     async def turn_started(self, run: str = "turn") -> None:
-        """Note that the turn `run` is open; again for the same run changes nothing."""
-        self._sessions._on_own_loop()
+        """Note that the turn `run` is open, and wake its sandbox ahead of the first tool call, without waiting for it.
+
+        Again for the same run changes nothing. A wake that fails is the first tool call's to report.
+        """
+        self._sessions.on_own_loop()
         self.note_turn(run)
-        await self._finish(self.write_turns())
+        await self._finish(self.begin_turns())
 
     async def turn_ended(self, run: str = "turn") -> None:
         """Note that it has ended, and do what the policy says at once; later what it says for later.
@@ -103,37 +96,47 @@ class Session:
 
     def note_turn(self, run: str) -> None:
         """The part of `turn_started` that needs no event loop; the next lease does the rest, if nobody does before."""
-        with self._sessions._noting:
-            turns = self._sessions._turns.setdefault((self.owner, self.thread), {})
-            turns.setdefault(self._turn_use(run), False)
+        self._turns.note(self._key, self._turn_use(run), self._sessions.clock.time())
 
     def drop_turn(self, run: str) -> bool:
         """The part of `turn_ended` that needs no event loop. False: there is no such turn."""
-        key = (self.owner, self.thread)
-        with self._sessions._noting:
-            turns = self._sessions._turns.get(key, {})
-            known = turns.pop(self._turn_use(run), None) is not None
-            if not turns:
-                self._sessions._turns.pop(key, None)
-        return known
+        dropped = self._turns.drop(self._key, self._turn_use(run))
+        if dropped is not None:
+            self._sessions.evidence.turn_was(self.owner, used=dropped.used)
+        return dropped is not None
 
-    async def write_turns(self) -> None:
-        """Let other processes know of the turns noted here."""
-        with self._sessions._noting:
-            turns = self._sessions._turns.get((self.owner, self.thread), {})
-            unwritten = [use for use, written in turns.items() if not written]
-            turns.update(dict.fromkeys(unwritten, True))
-        for use in unwritten:
-            until = self._sessions._clock.time() + HOLD
-            await self._bindings.begin_turn(
-                self.owner, self.thread, use=use, holder=self._sessions._holder, until=until
-            )
+    async def begin_turns(self) -> None:
+        """Let other processes know of the turns noted here, and begin to wake what the thread has."""
+        if begun := await self._write_turns():
+            self._sessions.spawn(self._wake_early(begun))
 
     async def end_turn(self, run: str) -> None:
         """The rest of `turn_ended`, on the loop of the registry."""
-        handle = await self._bindings.end_use(self._turn_use(run), self._sessions._clock.time())
-        if handle is not None and self._sessions._sweeper is not None:
-            await self._sessions._sweeper.settle(handle)
+        await self._sessions.end_use(self._turn_use(run))
+
+    async def hold(self, seconds: float) -> None:
+        """Keep the thread's sandbox from being paused for that long, beyond turn and process; replaces an earlier hold.
+
+        Args:
+            seconds: 0: not any longer.
+
+        Raises:
+            ConfigError: `seconds` is negative or not finite, or the thread has no sandbox yet.
+        """
+        await self._hold("hold", seconds)
+
+    async def expose(self, port: int, seconds: float = 3600.0) -> None:
+        """Keep it awake while others use a port of it; `Sandbox.url(port)` is its address. As `hold`, for each port."""
+        await self._hold(f"port {port}", seconds)
+
+    async def new(self) -> str:
+        """Leave the thread's sandbox to sleep, as one of several, and let the next lease make a new one.
+
+        Returns:
+            The handle of the new one. `resume` goes back to an earlier one, which `list_paused` tells.
+        """
+        self._sessions.on_own_loop()
+        return await self._finish(self._new())
 
     async def pause(self, handle: str | None = None) -> str | None:
         """Pause a sandbox of the owner, in the middle of a turn if need be.
@@ -148,14 +151,14 @@ class Session:
             SandboxBusyError: A lease is held.
             OwnershipError: The owner has no such handle.
         """
-        self._sessions._on_own_loop()
+        self._sessions.on_own_loop()
         return await self._finish(self._pause(handle))
 
     async def resume(self, handle: str | None = None) -> str | None:
         """Wake a sandbox of the owner and make it the thread's own; the one it had before stays what it is.
 
         Args:
-            handle: Which one. None: the thread's own.
+            handle: Which one, of this conversation or an earlier one. None: the thread's own.
 
         Returns:
             Its handle. None: the thread has no sandbox.
@@ -164,30 +167,13 @@ class Session:
             SandboxExpiredError: It is gone.
             OwnershipError: The owner has no such handle.
         """
-        self._sessions._on_own_loop()
+        self._sessions.on_own_loop()
         return await self._finish(self._resume(handle))
 
     async def list_paused(self) -> list[PausedSandbox]:
         """The owner's paused sandboxes, the last paused first."""
         own = await self._bindings.find(self.owner, self.thread)
-        known = {binding.sandbox_id: binding for binding in await self._bindings.of_owner(self.owner)}
-        found = []
-        async for info in self._transitions.client.list(state="paused", metadata={OWNER: self.owner}):
-            binding = known.get(info.sandbox_id)
-            if binding is None:
-                continue
-            paused_at = info.end_at.astimezone(UTC)
-            found.append(
-                PausedSandbox(
-                    handle=binding.handle,
-                    thread=binding.thread,
-                    paused_at=paused_at,
-                    age=max(0.0, self._sessions._clock.time() - paused_at.timestamp()),
-                    snapshot_bytes=info.snapshot_bytes,
-                    current=own is not None and own.handle == binding.handle,
-                )
-            )
-        return sorted(found, key=lambda paused: paused.paused_at, reverse=True)
+        return await self._sessions.keeper.paused(self.owner, current=own.handle if own else None)
 
     async def kill(self) -> bool:
         """End the thread's sandbox, its state with it, and forget it. True: there was one.
@@ -195,12 +181,17 @@ class Session:
         Raises:
             SandboxBusyError: Another process is creating or pausing it.
         """
-        self._sessions._on_own_loop()
+        self._sessions.on_own_loop()
         binding = await self._bindings.find(self.owner, self.thread)
         return binding is not None and await self._finish(self._transitions.kill(binding.handle))
 
-    async def take_lost(self) -> bool:
-        """Whether the thread's sandbox was found gone, so that the next one starts empty; True once for each loss."""
+    async def take_lost(self) -> frozenset[str]:
+        """What the thread has lost since it was last asked; each loss is told once.
+
+        Returns:
+            `"sandbox"`: it was found gone, and the next one starts empty. `"memory"`, `"files"`: these are not what
+            was paused. Empty: nothing.
+        """
         return await self._bindings.take_lost(self.owner, self.thread)
 
     async def _finish(self, work: Coroutine[Any, Any, T]) -> T:
@@ -208,21 +199,96 @@ class Session:
         return await asyncio.shield(self._sessions.spawn(work))
 
     def _turn_use(self, run: str) -> str:
-        return f"{self._sessions._holder}/{self.owner}/{self.thread}/{run}"
+        return f"{self._sessions.holder}/{self.owner}/{self.thread}/{run}"
+
+    async def _write_turns(self) -> list[str]:
+        unwritten = self._turns.unwritten(self._key)
+        for use in unwritten:
+            now = self._sessions.clock.time()
+            await self._bindings.begin_turn(
+                self.owner,
+                self.thread,
+                use=use,
+                holder=self._sessions.holder,
+                now=now,
+                until=now + self._sessions.expiry,
+            )
+        return unwritten
+
+    async def _wake_early(self, turns: list[str]) -> None:
+        if not self._sessions.evidence.expects_use(self.owner):
+            return
+        use = secrets.token_hex(8)
+        try:
+            await self._transitions.wake_early(
+                self.owner,
+                self.thread,
+                use=use,
+                still=lambda: any(self._turns.has(self._key, turn) for turn in turns),
+            )
+        except SandboxError as error:
+            log.info(
+                "could not wake the sandbox of %r ahead of its turn; the first tool call tries: %s", self.thread, error
+            )
+        finally:
+            if not self._sessions.finished:
+                self._idle(await self._bindings.end_use(use, self._sessions.clock.time()))
 
     async def _open(self, use: str) -> Sandbox:
-        await self.write_turns()
-        handle, sandbox = await self._transitions.open(self.owner, self.thread, use=use)
-        self._sessions._leases[use] = handle
+        self._turns.touch(self._key, self._sessions.clock.time())
+        await self._write_turns()
+        handle, sandbox = await self._transitions.open(self.owner, self.thread, use=use, sensitive=self.sensitive)
+        self._turns.leases[use] = Lease(self._key, handle)
         return sandbox
 
     async def _end_lease(self, use: str, opening: asyncio.Task[Sandbox]) -> None:
         await asyncio.wait([opening])
-        self._sessions._leases.pop(use, None)
-        if self._sessions._finished:
+        lease, now = self._turns.leases.pop(use, None), self._sessions.clock.time()
+        if self._sessions.finished:
             return
-        handle = await self._bindings.end_use(use, self._sessions._clock.time())
-        self._idle(handle)
+        self._turns.touch(self._key, now)
+        if lease is not None:
+            for pid in opening.result().commands.started:
+                await self._bindings.hold(
+                    self.owner,
+                    self.thread,
+                    lease.handle,
+                    use=f"{lease.handle}/{pid}",
+                    pid=pid,
+                    until=now + COMMAND_LIMIT,
+                )
+        self._idle(await self._bindings.end_use(use, now))
+
+    async def _hold(self, name: str, seconds: float) -> None:
+        if not 0 <= seconds < float("inf"):
+            msg = f"`seconds` is {seconds!r}. Pass 0 or more."
+            raise ConfigError(msg)
+        self._sessions.on_own_loop()
+        await self._finish(self._begin_hold(name, seconds))
+
+    async def _begin_hold(self, name: str, seconds: float) -> None:
+        found = await self._bindings.find(self.owner, self.thread)
+        if found is None:
+            msg = f"The thread {self.thread!r} has no sandbox that could be kept awake. Use it first."
+            raise ConfigError(msg)
+        use = f"{found.handle}/{name}"
+        if not seconds:
+            await self._sessions.end_use(use)
+            return
+        until = self._sessions.clock.time() + seconds
+        await self._bindings.hold(self.owner, self.thread, found.handle, use=use, pid=None, until=until)
+        await self._sessions.sweeper.settle(found.handle)
+
+    async def _new(self) -> str:
+        before = await self._bindings.find(self.owner, self.thread)
+        if before is not None and before.sandbox_id is None:
+            return before.handle
+        await self._bindings.point(self.owner, self.thread, None)
+        now = self._sessions.clock.time()
+        fresh = await self._bindings.current(self.owner, self.thread, now, sensitive=self.sensitive)
+        if before is not None:
+            self._schedule(before.handle)
+        return fresh.handle
 
     async def _pause(self, handle: str | None) -> str | None:
         if handle is not None:
@@ -245,16 +311,15 @@ class Session:
             await self._transitions.open(self.owner, self.thread, use=use, handle=handle)
             await self._bindings.point(self.owner, self.thread, handle)
         finally:
-            self._idle(await self._bindings.end_use(use, self._sessions._clock.time()))
+            self._idle(await self._bindings.end_use(use, self._sessions.clock.time()))
         if before is not None and before.handle != handle:
             self._schedule(before.handle)
         return handle
 
     def _idle(self, handle: str | None) -> None:
         """Outside a turn, a lease's end is the end of all activity."""
-        if handle is not None and (self.owner, self.thread) not in self._sessions._turns:
+        if handle is not None and not self._turns.has(self._key):
             self._schedule(handle)
 
     def _schedule(self, handle: str) -> None:
-        if self._sessions._sweeper is not None:
-            self._sessions._sweeper.schedule(handle, self._sessions._clock.time())
+        self._sessions.schedule.add(handle, self._sessions.clock.time())

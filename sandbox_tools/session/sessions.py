@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import secrets
-import threading
 from collections.abc import Coroutine
 from pathlib import Path
 from types import TracebackType
@@ -13,20 +13,35 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from sandbox_tools import paths
 from sandbox_tools.errors import ConfigError
-from sandbox_tools.policy.pause import PauseAfter, PausePolicy
-from sandbox_tools.session.bindings import SqliteBindings
+from sandbox_tools.policy.adaptive import AdaptivePause
+from sandbox_tools.policy.pause import PausePolicy
+from sandbox_tools.session.bindings import Bindings, SqliteBindings
 from sandbox_tools.session.clock import Clock, SystemClock
+from sandbox_tools.session.evidence import Evidence
+from sandbox_tools.session.holds import Holds
+from sandbox_tools.session.retention import Keeper, Retention
+from sandbox_tools.session.schedule import Round, Schedule
 from sandbox_tools.session.session import Session
 from sandbox_tools.session.sweeper import Sweeper
 from sandbox_tools.session.transitions import Transitions
+from sandbox_tools.session.turns import Turns
 
 if TYPE_CHECKING:
     from sandbox_tools.client import Client
+    from sandbox_tools.client.dialects import Price
+
+log = logging.getLogger("sandbox_tools.session")
 
 T = TypeVar("T")
 
 CLOSING = 60.0
 """Seconds `aclose` gives to the pauses still to be made; the server's own timers make those it leaves."""
+
+TAKE_OVER = 5.0
+"""Seconds between two looks at what dead processes have left awake."""
+
+ABSORB = 15.0
+"""Seconds between two looks at idle periods that have become evidence."""
 
 
 class Sessions:
@@ -37,8 +52,16 @@ class Sessions:
     Args:
         client: Where the sandboxes are. None: a `Client()` of its own, closed with it.
         bindings: Which thread has which sandbox. None: a file in the state directory, one per provider.
-        policy: When to pause. None: `PauseAfter(30)`.
+        policy: When to freeze and when to pause. None: `AdaptivePause()`.
         template: What new sandboxes are made from. None: the provider's default.
+        wait_price: What a second that a user waits is worth, in dollars; 0.01 is a person at $36 an hour.
+        price: What a second of a sandbox costs. None: the provider's own price, or E2B's where there is none.
+        early_resume: Whether a paused sandbox is woken when a turn starts, while the model still thinks.
+        turn_limit: Seconds without a tool call after which an open turn counts as forgotten by whoever should have
+            ended it, and keeps its sandbox awake no longer.
+        expiry: Seconds after which what a process held is free if it has not been renewed, because that process is dead
+            or stuck; it is renewed four times as often. The same for all processes that share bindings.
+        retention: What happens to sandboxes that sleep for long. None: nothing.
         clock: Tests pass a `ManualClock`. None: the machine's.
     """
 
@@ -46,39 +69,66 @@ class Sessions:
         self,
         client: Client | None = None,
         *,
-        bindings: SqliteBindings | None = None,
+        bindings: Bindings | None = None,
         policy: PausePolicy | None = None,
         template: str | None = None,
+        wait_price: float = 0.01,
+        price: Price | None = None,
+        early_resume: bool = True,
+        turn_limit: float = 1800.0,
+        expiry: float = 60.0,
+        retention: Retention | None = None,
         clock: Clock | None = None,
     ) -> None:
+        self._owned_client = self._owned_bindings = None
         if client is None:
             from sandbox_tools.client import Client
 
-            self._owned_client: Client | None = Client()
-            client = self._owned_client
-        else:
-            self._owned_client = None
-        self._owned_bindings = None
+            client = self._owned_client = Client()
         if bindings is None:
-            bindings = self._owned_bindings = SqliteBindings(_default_bindings(client))
-        self._clock = clock or SystemClock()
-        self._bindings = bindings
-        self._client = client
-        self._holder = secrets.token_hex(8)
-        self._transitions = Transitions(
-            client, bindings, policy or PauseAfter(30), self._clock, holder=self._holder, template=template
+            bindings = self._owned_bindings = SqliteBindings(default_bindings(client))
+        self.clock = clock or SystemClock()
+        self.bindings = bindings
+        self.client = client
+        self.holder = secrets.token_hex(8)
+        self.turn_limit = turn_limit
+        self.expiry = expiry
+        self.turns = Turns()
+        self.evidence = Evidence(
+            client,
+            bindings,
+            policy or AdaptivePause(),
+            self.clock,
+            wait_price=wait_price,
+            price=price,
+            early_resume=early_resume,
         )
-        self._leases: dict[str, str] = {}
-        self._turns: dict[tuple[str, str], dict[str, bool]] = {}
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self._noting = threading.Lock()
+        self.transitions = Transitions(
+            client, bindings, self.evidence, self.clock, holder=self.holder, expiry=expiry, template=template
+        )
+        self.keeper = Keeper(self.transitions, bindings, self.clock, retention or Retention())
+        rounds = [
+            Round(expiry / 4, self._beat),
+            Round(TAKE_OVER, self._take_over),
+            Round(ABSORB, self.evidence.absorb),
+            Round(self.keeper.every, self.keeper.look),
+        ]
+        self.schedule = Schedule(self.clock, settle=self._settle, rounds=rounds, spawn=self.spawn)
+        self.holds = Holds(self.transitions, bindings, self.clock)
+        self.sweeper = Sweeper(self.transitions, self.holds, bindings, self.evidence, self.clock, self.schedule)
         self.loop: asyncio.AbstractEventLoop | None = None
-        self._sweeper: Sweeper | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._sweeping: asyncio.Task[None] | None = None
-        self._closed = self._finished = False
+        self._closed = False
+        self.finished = False
+        """Whether nothing may be written any more."""
 
-    def session(self, thread: str, *, owner: str = "default") -> Session:
+    def session(self, thread: str, *, owner: str = "default", sensitive: bool = False) -> Session:
         """The conversation `thread` of `owner`; nothing is created until it is used.
+
+        Args:
+            sensitive: Never write the memory of a sandbox made in it to a disk: a pause keeps files only, and where
+                the provider cannot do that, it ends the sandbox. The conversation is told what it has lost each time.
 
         Raises:
             ConfigError: `thread` or `owner` is empty.
@@ -86,17 +136,18 @@ class Sessions:
         if not thread or not owner:
             msg = f"`thread` is {thread!r} and `owner` is {owner!r}. Neither may be empty."
             raise ConfigError(msg)
-        return Session(self, thread, owner)
+        return Session(self, thread, owner, sensitive=sensitive)
 
     async def sweep(self) -> None:
         """Do now, and to its end, what the policy has made due; the registry does so by itself in the background."""
-        await self._on_own_loop().sweep()
+        self.on_own_loop()
+        await self.schedule.sweep()
 
     async def aclose(self) -> None:
         """Pause what this registry has used and is idle, and close; what is in use is left to the server's timer."""
         if self._closed:
             return
-        sweeper = self._on_own_loop()
+        self.on_own_loop()
         self._closed = True
         assert self._sweeping is not None
         self._sweeping.cancel()
@@ -105,18 +156,19 @@ class Sessions:
                 await asyncio.wait([self._sweeping])
                 while self._tasks:
                     await asyncio.wait(self._tasks)
-                await asyncio.gather(*(sweeper.settle(handle) for handle in list(self._transitions.awake)))
+                awake = list(self.transitions.awake)
+                await asyncio.gather(*(self.sweeper.settle(handle, closing=True) for handle in awake))
         except TimeoutError:
             pass
         finally:
-            self._finished = True
+            self.finished = True
             if self._owned_bindings is not None:
                 await self._owned_bindings.aclose()
             if self._owned_client is not None:
                 await self._owned_client.aclose()
 
     async def __aenter__(self) -> Self:
-        self._on_own_loop()
+        self.on_own_loop()
         return self
 
     async def __aexit__(
@@ -126,12 +178,17 @@ class Sessions:
 
     def claim(self, loop: asyncio.AbstractEventLoop) -> asyncio.AbstractEventLoop:
         """The loop this registry belongs to: `loop`, if nobody claimed it before. Safe from any thread."""
-        with self._noting:
+        with self.turns.noting:
             if self.loop is None:
                 self.loop = loop
             return self.loop
 
-    def _on_own_loop(self) -> Sweeper:
+    def on_own_loop(self) -> None:
+        """Begin to sweep, if nobody has yet.
+
+        Raises:
+            ConfigError: This is another loop than its own, or it is closed.
+        """
         loop = asyncio.get_running_loop()
         if self.claim(loop) is not loop:
             msg = "These `Sessions` belong to another event loop. Make one `Sessions` per loop, or close it before."
@@ -139,17 +196,8 @@ class Sessions:
         if self._closed:
             msg = "These `Sessions` are closed. Make new ones."
             raise ConfigError(msg)
-        if self._sweeper is None:
-            self._sweeper = Sweeper(self._clock, settle=self._settle, beat=self._beat, spawn=self.spawn)
-            self._sweeping = loop.create_task(self._sweeper.run())
-        return self._sweeper
-
-    async def _settle(self, handle: str) -> float | None:
-        return await self._transitions.settle(handle, closing=self._closed)
-
-    async def _beat(self) -> None:
-        if self._leases or self._turns or self._tasks:
-            await self._transitions.beat(set(self._leases.values()))
+        if self._sweeping is None:
+            self._sweeping = loop.create_task(self.schedule.run())
 
     def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """A task that is not cancelled with whoever waits for it, and that `aclose` waits for."""
@@ -158,8 +206,38 @@ class Sessions:
         task.add_done_callback(self._tasks.discard)
         return task
 
+    async def end_use(self, use: str) -> None:
+        """End a turn or a hold, and decide on the sandbox that may be idle now."""
+        handle = await self.bindings.end_use(use, self.clock.time())
+        if handle is not None:
+            await self.sweeper.settle(handle)
 
-def _default_bindings(client: Client) -> Path:
+    async def _settle(self, handle: str) -> None:
+        await self.sweeper.settle(handle, closing=self._closed)
+
+    async def _take_over(self) -> None:
+        await self.sweeper.take_over()
+
+    async def _beat(self) -> None:
+        """Renew what this registry holds: its uses, its transitions, and the server's timers under them."""
+        if not (self.turns or self._tasks):
+            return
+        now = self.clock.time()
+        for key, use in self.turns.forgotten(now - self.turn_limit):
+            said = "a turn of the thread %r has been open for %g s without a tool call: it counts as ended"
+            log.warning(said, key[1], self.turn_limit)
+            self.turns.drop(key, use)
+            await self.end_use(use)
+        await self.bindings.renew(self.holder, now=now, until=now + self.expiry)
+        used = {lease.handle for lease in self.turns.leases.values()}
+        for owner, thread in self.turns.threads():
+            if (found := await self.bindings.find(owner, thread)) is not None:
+                used.add(found.handle)
+        for handle in used:
+            await self.holds.prolong(handle)
+
+
+def default_bindings(client: Client) -> Path:
     """One file for each control plane: a sandbox of one is no lost sandbox of the other."""
     name = "sessions"
     if client.address.url_named or client.dialect.default_domain is not None:

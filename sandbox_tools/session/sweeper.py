@@ -1,92 +1,124 @@
-"""Wakes when a sandbox is due for a decision, and beats while anything is in use; one task for all sessions."""
+"""Asks the policy about what is idle, and does what it says: nothing else freezes or pauses of its own accord."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from sandbox_tools.errors import SandboxError
+from sandbox_tools.policy.pause import Plan
+from sandbox_tools.session.bindings import Bindings
 from sandbox_tools.session.clock import Clock
+from sandbox_tools.session.evidence import Evidence
+from sandbox_tools.session.holds import Holds
+from sandbox_tools.session.rows import Binding
+from sandbox_tools.session.transitions import Transitions
+
+if TYPE_CHECKING:
+    from sandbox_tools.session.schedule import Schedule
 
 log = logging.getLogger("sandbox_tools.session")
 
-BEAT = 15.0
-"""Seconds between two renewals; four may fail before a use expires."""
+GRACE = 8
+"""Seconds by which the server's own timer follows the policy's pause, so that it acts only if we do not."""
 
 RETRY = 30.0
 """Seconds until a pause that failed is tried again."""
 
+LATE = 3.0
+"""Seconds past its time after which a sandbox counts as left behind by the process that should have paused it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What was decided for one idle period, so that it is decided once."""
+
+    began: float
+    plan: Plan
+
 
 class Sweeper:
-    """Holds the times at which sandboxes are due.
+    """What happens to a sandbox that may be idle.
 
     Args:
-        settle: Decides on one sandbox; returns when to ask again, in seconds since the epoch, or None.
-        beat: Renews what this registry holds.
-        spawn: Runs a coroutine as a task that outlives the sweeper's own cancellation.
+        schedule: Where it puts what it has to look at again.
     """
 
     def __init__(
         self,
+        transitions: Transitions,
+        holds: Holds,
+        bindings: Bindings,
+        evidence: Evidence,
         clock: Clock,
-        *,
-        settle: Callable[[str], Awaitable[float | None]],
-        beat: Callable[[], Awaitable[None]],
-        spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
+        schedule: Schedule,
     ) -> None:
+        self._transitions = transitions
+        self._holds = holds
+        self._bindings = bindings
+        self._evidence = evidence
         self._clock = clock
-        self._settle = settle
-        self._beat = beat
-        self._spawn = spawn
-        self._due: dict[str, float] = {}
-        self._woken = asyncio.Event()
-        self._next_beat = clock.time() + BEAT
+        self._schedule = schedule
+        self._plans: dict[str, Planned] = {}
 
-    def schedule(self, handle: str, when: float) -> None:
-        """Decide on that sandbox at `when`, in seconds since the epoch; replaces an earlier time."""
-        self._due[handle] = when
-        self._woken.set()
+    async def settle(self, handle: str, *, closing: bool = False) -> None:
+        """Decide on that sandbox now. A failure is logged and tried again, because nobody waits for its outcome.
 
-    async def settle(self, handle: str) -> None:
-        """Decide on that sandbox now. A failure is logged and tried again, because nobody waits for its outcome."""
-        self._due.pop(handle, None)
+        Args:
+            closing: The registry is about to close: what would be paused later is paused now.
+        """
+        self._schedule.discard(handle)
         try:
-            again = await self._settle(handle)
+            again = await self._settle(handle, closing)
         except Exception as error:
             unexpected = not isinstance(error, SandboxError)
             log.warning("could not pause %s, trying again in %g s: %s", handle, RETRY, error, exc_info=unexpected)
             again = self._clock.time() + RETRY
-        if again is not None:
-            self.schedule(handle, again)
+        if again is None:
+            self._plans.pop(handle, None)
+        else:
+            self._schedule.add(handle, again)
 
-    async def sweep(self) -> None:
-        """Do all that is due, and return when it is done."""
-        await asyncio.gather(*self._due_now())
-
-    async def run(self) -> None:
-        """Do all that is due whenever it is, until cancelled."""
-        while True:
-            self._woken.clear()
-            for work in self._due_now():
-                # Not awaited: a pause may take longer than a beat.
-                self._spawn(work)
-            await self._clock.wait(self._woken, min([self._next_beat, *self._due.values()]))
-
-    def _due_now(self) -> list[Coroutine[Any, Any, None]]:
+    async def take_over(self) -> None:
+        """Decide on what other processes should have paused and have not, because they are dead or stuck."""
         now = self._clock.time()
-        due = [handle for handle, when in self._due.items() if when <= now]
-        for handle in due:
-            del self._due[handle]
-        work: list[Coroutine[Any, Any, None]] = [self.settle(handle) for handle in due]
-        if now >= self._next_beat:
-            self._next_beat = now + BEAT
-            work.append(self._beat_quietly())
-        return work
+        for handle in await self._bindings.list_idle(now - LATE, now):
+            await self.settle(handle)
 
-    async def _beat_quietly(self) -> None:
-        try:
-            await self._beat()
-        except Exception:
-            log.exception("could not renew the leases")
+    async def _settle(self, handle: str, closing: bool) -> float | None:
+        """When to ask again, in seconds since the epoch. None: when it has been used again."""
+        if (again := await self._holds.look(handle)) is not None:
+            return again
+        async with self._transitions.exclusive(handle, unless="used") as held:
+            if held is None or held.sandbox_id is None or held.state == "paused":
+                return None
+            now, plan = self._clock.time(), await self._planned(held)
+            if plan.pause_after is None:
+                await self._transitions.leave(held)
+                return None
+            pause_at = held.idle_since + plan.pause_after
+            if closing or pause_at <= now:
+                log.info("pausing %s: %s", handle, plan.reason)
+                await self._transitions.put_to_sleep(held)
+                return None
+            return await self._wait(held, plan, pause_at)
+
+    async def _planned(self, held: Binding) -> Plan:
+        known = self._plans.get(held.handle)
+        if known is None or known.began != held.idle_since:
+            known = self._plans[held.handle] = Planned(held.idle_since, await self._evidence.plan(held))
+        return known.plan
+
+    async def _wait(self, held: Binding, plan: Plan, pause_at: float) -> float:
+        """Nothing is due but perhaps a freeze; from here on the server's timer makes the pause if nobody else does."""
+        now, frozen, freeze_at = self._clock.time(), held.state == "frozen", math.inf
+        await self._transitions.plant(held)
+        if plan.freeze_after is not None and not frozen and self._transitions.client.dialect.can_freeze:
+            freeze_at = held.idle_since + plan.freeze_after
+            if freeze_at <= now:
+                frozen = await self._transitions.freeze(held)
+                freeze_at = math.inf if frozen else now + RETRY
+        await self._transitions.arm(held, math.ceil(pause_at - now) + GRACE, due_at=pause_at, frozen=frozen)
+        return min(pause_at, freeze_at)

@@ -48,7 +48,7 @@ class SandboxCallback(AsyncCallbackHandler):
             joined[session.owner, session.thread] = session
             # Under `invoke` this runs on a passing loop, which must not become theirs: the first tool call decides.
             session.note_turn(str(root))
-            portal.post(self.sessions, session.write_turns)
+            portal.post(self.sessions, session.begin_turns)
         return True
 
     async def on_chain_start(

@@ -113,10 +113,12 @@ async def _state(sandbox: Sandbox, job: str) -> tuple[int | None, bool]:
     except NotFoundError:
         msg = f"There is no job {job!r} in this sandbox. Take what `start_job` gave."
         raise RetryableByModel(msg) from None
+    # Asked in this order: one that ends in between has written its exit code before.
+    running = any(process.pid == pid for process in await sandbox.commands.list())
     try:
         return int(await sandbox.files.read(f"{JOBS}/{job}.code")), False
     except NotFoundError:
-        return None, any(process.pid == pid for process in await sandbox.commands.list())
+        return None, running
 
 
 RUN_COMMAND = Tool(

@@ -36,7 +36,7 @@ from sandbox_tools.tools import portal
 from sandbox_tools.tools.callback import join
 from sandbox_tools.tools.files import beginning
 from sandbox_tools.tools.owners import Owner, owner_of, thread_of
-from sandbox_tools.tools.render import STATE_LOST, RetryableByModel, render_error
+from sandbox_tools.tools.render import RetryableByModel, render_error, render_lost
 
 T = TypeVar("T")
 
@@ -251,11 +251,11 @@ def _no_fault_of_arguments() -> Iterator[None]:
         raise SandboxError(error.message, op=error.op) from error
 
 
-def _told(result: ExecuteOffloadResult, *, lost: bool) -> ExecuteOffloadResult:
+def _told(result: ExecuteOffloadResult, *, lost: frozenset[str]) -> ExecuteOffloadResult:
     if not lost:
         return result
     response = result.response
-    return replace(result, response=replace(response, output=f"{STATE_LOST}\n{response.output}"))
+    return replace(result, response=replace(response, output=f"{render_lost(lost)}\n{response.output}"))
 
 
 def _written(response: FileUploadResponse) -> WriteResult:

@@ -73,7 +73,7 @@ class SandboxMiddleware(AgentMiddleware[Any, Any, Any]):
             return None
         turn = f"agent/{secrets.token_hex(8)}"
         session.note_turn(turn)
-        portal.post(self.toolkit.sessions, session.write_turns)
+        portal.post(self.toolkit.sessions, session.begin_turns)
         return {"sandbox_turn": turn}
 
     async def abefore_agent(self, state: Any, runtime: Any) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from sandbox_tools.errors import SandboxError
 from sandbox_tools.session.session import Session
-from sandbox_tools.tools.render import STATE_LOST, Rendered, render_error
+from sandbox_tools.tools.render import Rendered, render_error, render_lost
 
 Emit = Callable[[dict[str, Any]], Awaitable[None]]
 """Takes one piece of live output: `stream` (`stdout`, `stderr` or `progress`) and `text`."""
@@ -68,6 +68,7 @@ class Tool:
             rendered = await self.call(session, arguments, emit)
         except SandboxError as error:
             rendered = render_error(error)
-        if await session.take_lost():
-            return Rendered(blocks=[*Rendered.of(STATE_LOST).blocks, *rendered.blocks], artifact=rendered.artifact)
+        if lost := await session.take_lost():
+            told = Rendered.of(render_lost(lost)).blocks
+            return Rendered(blocks=[*told, *rendered.blocks], artifact=rendered.artifact)
         return rendered

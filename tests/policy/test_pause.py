@@ -1,4 +1,4 @@
-"""A policy is a pure function of the idle time."""
+"""The policies that go by a rule."""
 
 from __future__ import annotations
 
@@ -7,33 +7,38 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sandbox_tools.errors import ConfigError
-from sandbox_tools.policy.pause import Activity, Never, PauseAfter
+from sandbox_tools.policy.cost import Terms
+from sandbox_tools.policy.pause import BreakEven, Idle, Never, PauseAfter, Period
+from sandbox_tools.policy.tally import Tally
 
-seconds = st.floats(0, 1e6)
-
-
-@given(seconds, seconds, seconds)
-def test_what_is_left_and_what_has_passed_make_up_the_whole(limit, began, passed):
-    decision = PauseAfter(limit).decide(Activity(idle_since=began), began + passed)
-    assert decision.pause_after == pytest.approx(max(0, limit - passed), abs=1e-6)
+TERMS = Terms.of(vcpu=2, gib=1)
 
 
-@given(seconds)
-def test_zero_pauses_at_once(now):
-    assert PauseAfter(0).decide(Activity(idle_since=now), now).pause_after == 0
+def idle(began: float = 0.0) -> Idle:
+    return Idle(owner="ann", began=began, terms=TERMS)
 
 
-@given(seconds)
-def test_a_clock_set_back_does_not_make_the_sandbox_wait_for_ever(now):
-    """An idle time in the future counts from there; it never adds up to more than it and the limit."""
-    assert PauseAfter(30).decide(Activity(idle_since=now + 100), now).pause_after <= 130 + 1e-6
+@given(st.floats(0, 1e6), st.floats(0, 1e6))
+def test_a_fixed_time_counts_from_the_beginning_of_the_idle_period(seconds: float, began: float) -> None:
+    assert PauseAfter(seconds).plan(idle(began)).pause_after == seconds
 
 
-def test_never_is_never():
-    assert Never().decide(Activity(idle_since=0), 1e9).pause_after is None
+def test_never_is_never() -> None:
+    assert Never().plan(idle()).pause_after is None
+
+
+def test_break_even_pauses_when_idling_has_cost_a_pause_and_a_resume() -> None:
+    assert BreakEven(min_idle=0).plan(idle()).pause_after == pytest.approx(5.0)
+    assert BreakEven(min_idle=7).plan(idle()).pause_after == 7
+
+
+@pytest.mark.parametrize("policy", [PauseAfter(1), Never(), BreakEven()], ids=repr)
+def test_a_rule_learns_nothing(policy: PauseAfter) -> None:
+    assert policy.horizon(TERMS) is None
+    assert policy.learn(Period(gap=1.0), TERMS) == policy.price(Period(gap=1.0), TERMS) == Tally()
 
 
 @pytest.mark.parametrize("wrong", [-1, float("inf"), float("nan")])
-def test_a_limit_that_makes_no_sense_is_refused(wrong):
+def test_a_limit_that_makes_no_sense_is_refused(wrong: float) -> None:
     with pytest.raises(ConfigError):
         PauseAfter(wrong)

@@ -27,9 +27,10 @@ async def process(tmp_path, clock, provider):
     """Makes one registry more on the same file."""
     made = []
 
-    def make(policy=None):
+    def make(policy=None, **more):
         bindings = SqliteBindings(tmp_path / "sessions.db")
-        sessions = Sessions(ProviderClient(provider), bindings=bindings, policy=policy or PauseAfter(30), clock=clock)
+        policy = policy or PauseAfter(30)
+        sessions = Sessions(ProviderClient(provider), bindings=bindings, policy=policy, clock=clock, **more)
         made.append((sessions, bindings))
         return sessions
 

@@ -7,8 +7,11 @@ import itertools
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from types import SimpleNamespace
 
-from sandbox_tools.errors import NotFoundError, SandboxError
+from sandbox_tools.client.dialects import LOCAL, Dialect
+from sandbox_tools.client.sentinel import Sentinel
+from sandbox_tools.errors import ConflictError, NotFoundError, SandboxError, SandboxStateError, StateLostError
 from sandbox_tools.models import Execution, SandboxInfo, Stdout
 from sandbox_tools.testing import ManualClock
 
@@ -21,18 +24,35 @@ class Machine:
     started_at: float
     end: float
     memory: list[str] = field(default_factory=list)
+    kept: str = "memory"
+    """What a pause at the timeout keeps, or `"nothing"`: it ends then."""
+    frozen: bool = False
+    busy: bool = False
+    """Whether a stream to it is open."""
+    commands: set[int] = field(default_factory=set)
+    marks: dict[str, int] = field(default_factory=dict)
+
+    def pause(self, now: float, keeps: str) -> None:
+        self.state, self.end, self.frozen = "paused", now, False
+        if keeps == "files":
+            self.memory.clear()
+            self.commands.clear()
+            self.marks.pop("memory", None)
 
 
 class Provider:
     """The server: what all clients see."""
 
-    def __init__(self, clock: ManualClock) -> None:
+    def __init__(self, clock: ManualClock, dialect: Dialect = LOCAL) -> None:
         self.clock = clock
+        self.dialect = dialect
         self.machines: dict[str, Machine] = {}
         self.log: list[tuple[str, str]] = []
         self.counter = itertools.count(1)
         self.interpreter = echo
         """What code does here."""
+        self.unreachable: SandboxError | None = None
+        """What every request to a sandbox's own address fails with."""
         self.gates: dict[str, asyncio.Event] = {}
         """A verb with a gate waits there, after having taken effect, before it answers."""
         self.reached: dict[str, asyncio.Event] = {}
@@ -42,15 +62,20 @@ class Provider:
     def fail(self, verb: str, error: SandboxError, *, after: bool = False) -> None:
         self.failures.setdefault(verb, []).append((after, error))
 
+    def failing(self) -> bool:
+        return any(self.failures.values())
+
     def gate(self, verb: str) -> tuple[asyncio.Event, asyncio.Event]:
         self.gates[verb], self.reached[verb] = asyncio.Event(), asyncio.Event()
         return self.reached[verb], self.gates[verb]
 
     def tick(self) -> None:
-        for machine in self.machines.values():
+        for machine in list(self.machines.values()):
             if machine.state == "running" and machine.end <= self.clock.time():
-                machine.state = "paused"
                 self.log.append(("timeout", machine.id))
+                machine.pause(machine.end, machine.kept)
+                if machine.kept == "nothing":
+                    del self.machines[machine.id]
 
     def verbs(self) -> list[str]:
         return [verb for verb, _ in self.log]
@@ -62,13 +87,38 @@ class Handle:
     def __init__(self, provider: Provider, id: str) -> None:
         self.provider = provider
         self.id = id
+        self.commands = Commands(self)
+        self.count = 0
 
     def remember(self, word: str) -> list[str]:
-        self.provider.tick()
-        machine = self.provider.machines[self.id]
-        assert machine.state == "running", "code was sent to a sandbox that sleeps"
+        machine = self.reach()
         machine.memory.append(word)
         return machine.memory
+
+    def reach(self) -> Machine:
+        self.provider.tick()
+        machine = self.provider.machines[self.id]
+        assert machine.state == "running", "something was sent to a sandbox that sleeps"
+        machine.frozen = False
+        return machine
+
+    async def plant(self, *, memory: bool = True) -> Sentinel | None:
+        self.provider.tick()
+        machine = self.provider.machines.get(self.id)
+        if machine is None or machine.state != "running":
+            return None
+        machine.frozen = False
+        count = max(machine.marks.values(), default=0) + 1
+        machine.marks = {"memory": count, "files": count}
+        return Sentinel(sandbox_id=self.id, count=count, memory=memory)
+
+    async def verify(self, planted: Sentinel) -> bool:
+        machine = self.reach()
+        parts = {"files", "memory"} if planted.memory else {"files"}
+        lost = frozenset(part for part in parts if machine.marks.get(part, 0) < planted.count)
+        if lost:
+            raise StateLostError("older than it was", lost=lost)
+        return True
 
     async def run_code(self, code: str, *, timeout, on_event) -> Execution:
         return await self.provider.interpreter(self, code, on_event)
@@ -81,11 +131,37 @@ async def echo(handle: Handle, code: str, on_event) -> Execution:
     return Execution(stdout=said, execution_count=1)
 
 
+class Commands:
+    """Shaped like `Sandbox.commands`."""
+
+    def __init__(self, handle: Handle) -> None:
+        self.handle = handle
+        self.started: set[int] = set()
+
+    async def start(self, cmd: str) -> SimpleNamespace:
+        pid = next(self.handle.provider.counter)
+        self.handle.reach().commands.add(pid)
+        self.started.add(pid)
+        return SimpleNamespace(pid=pid)
+
+    async def list(self) -> list[SimpleNamespace]:
+        self.handle.provider.tick()
+        if self.handle.provider.unreachable:
+            raise self.handle.provider.unreachable
+        machine = self.handle.provider.machines.get(self.handle.id)
+        if machine is None:
+            raise NotFoundError("gone")
+        if machine.state != "running":
+            raise SandboxStateError("it sleeps")
+        return [SimpleNamespace(pid=pid) for pid in self.handle.reach().commands]
+
+
 class ProviderClient:
     """Shaped like `Client`."""
 
     def __init__(self, provider: Provider) -> None:
         self.provider = provider
+        self.dialect = provider.dialect
 
     async def _enter(self, verb: str, id: str) -> SandboxError | None:
         await asyncio.sleep(0)
@@ -110,12 +186,12 @@ class ProviderClient:
             raise NotFoundError(f"Sandbox {id} doesn't exist")
         return self.provider.machines[id]
 
-    async def create(self, template=None, *, timeout=300, auto_pause=True, metadata=None, env=None) -> Handle:
-        assert auto_pause
+    async def create(self, template=None, *, timeout=300, auto_pause=True, pause_memory=True, metadata=None) -> Handle:
         id = f"m{next(self.provider.counter)}"
         error = await self._enter("create", id)
         now = self.provider.clock.time()
-        self.provider.machines[id] = Machine(id, dict(metadata or {}), "running", now, now + timeout)
+        machine = self.provider.machines[id] = Machine(id, dict(metadata or {}), "running", now, now + timeout)
+        machine.kept = ("memory" if pause_memory else "files") if auto_pause else "nothing"
         await self._leave("create", error)
         return Handle(self.provider, id)
 
@@ -123,16 +199,29 @@ class ProviderClient:
         error = await self._enter("connect", sandbox_id)
         machine, now = self._machine(sandbox_id), self.provider.clock.time()
         machine.end = max(machine.end if machine.state == "running" else 0, now + timeout)
-        machine.state = "running"
+        machine.state, machine.frozen = "running", False
         await self._leave("connect", error)
         return Handle(self.provider, sandbox_id)
 
-    async def pause(self, sandbox_id: str) -> bool:
+    async def pause(self, sandbox_id: str, *, memory: bool = True) -> bool:
+        self.dialect.require(f"pause(memory={memory})")
         error = await self._enter("pause", sandbox_id)
         machine = self._machine(sandbox_id)
-        was, machine.state, machine.end = machine.state, "paused", self.provider.clock.time()
+        was = machine.state
+        if was == "running":
+            machine.pause(self.provider.clock.time(), "memory" if memory else "files")
         await self._leave("pause", error)
         return was == "running"
+
+    async def freeze(self, sandbox_id: str) -> bool:
+        self.dialect.require("freeze")
+        error = await self._enter("freeze", sandbox_id)
+        machine = self._machine(sandbox_id)
+        if machine.busy:
+            raise ConflictError("a stream is open")
+        machine.frozen = machine.state == "running"
+        await self._leave("freeze", error)
+        return machine.frozen
 
     async def kill(self, sandbox_id: str) -> bool:
         error = await self._enter("kill", sandbox_id)
@@ -171,4 +260,6 @@ class ProviderClient:
             started_at=datetime.fromtimestamp(machine.started_at, UTC),
             end_at=datetime.fromtimestamp(machine.end, UTC),
             metadata=machine.metadata,
+            cpu_count=2,
+            memory_mb=512,
         )
