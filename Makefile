@@ -16,10 +16,11 @@ chat: setup  ## The same with a real chat model, where the environment has a key
 test: setup  ## All tests, against the real engine; ARGS='-k name' passes options to pytest
 	@$(BIN)/python -m pytest --cov --cov-report=term $(ARGS); code=$$?; echo $$code >$(VENV)/pytest-exit-code; exit $$code
 
-bench: setup  ## Times beside bare runsc, a bare host, bare httpx and the vendor's client
+bench: setup  ## Times beside bare runsc, a bare host, bare httpx and the vendor's client; TRACES=DIR adds the pause policies
 	@$(BIN)/python -m benchmarks.engine
 	@$(BIN)/python -m benchmarks.traffic
 	@$(BIN)/python -m benchmarks.client
+	@if [ -n '$(TRACES)' ]; then $(BIN)/python -m benchmarks.pause --traces '$(TRACES)'; fi
 
 lint: $(VENV)/packages
 	@$(BIN)/ruff check .

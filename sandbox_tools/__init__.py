@@ -9,12 +9,15 @@ if TYPE_CHECKING:
     from sandbox_tools.client import Client, Sandbox
     from sandbox_tools.errors import SandboxError
     from sandbox_tools.models import Execution, SandboxInfo
-    from sandbox_tools.policy.pause import Never, PauseAfter
+    from sandbox_tools.policy.adaptive import AdaptivePause
+    from sandbox_tools.policy.pause import BreakEven, Never, PauseAfter
     from sandbox_tools.session.session import PausedSandbox, Session
     from sandbox_tools.session.sessions import Sessions
     from sandbox_tools.tools.langchain import SandboxCallback, SandboxToolkit
 
 __all__ = [
+    "AdaptivePause",
+    "BreakEven",
     "Client",
     "Execution",
     "Never",
@@ -33,7 +36,8 @@ _HOMES = {
     "client": ("Client", "Sandbox"),
     "errors": ("SandboxError",),
     "models": ("Execution", "SandboxInfo"),
-    "policy.pause": ("Never", "PauseAfter"),
+    "policy.adaptive": ("AdaptivePause",),
+    "policy.pause": ("BreakEven", "Never", "PauseAfter"),
     "session.session": ("PausedSandbox", "Session"),
     "session.sessions": ("Sessions",),
     "tools.langchain": ("SandboxCallback", "SandboxToolkit"),

@@ -29,7 +29,7 @@ def table(groups: Mapping[tuple[str, ...], Account]) -> Table:
     for column in ("owner", "thread", "sandbox")[:width]:
         made.add_column(column, overflow="fold")
     columns = ("running", "frozen", "paused", "pauses", "resumes", "waited", "spent", "5-min timer", "always on")
-    for column in (*columns, "saved"):
+    for column in (*columns, "below timer"):
         made.add_column(column, justify="right", no_wrap=True)
     for group, account in sorted(groups.items()):
         made.add_row(*group, *_cells(account))
@@ -78,11 +78,13 @@ def draw(groups: Mapping[tuple[str, ...], Account], path: Path) -> None:
     rows = [(" / ".join(group), account) for group, account in shown[:DRAWN]]
     if rest := shown[DRAWN:]:
         rows.append((f"{len(rest)} others", total(account for _, account in rest)))
-    rows = [("all", total(groups.values())), *rows][::-1]
+    rows.reverse()  # Bars are drawn from below.
 
-    places = range(len(rows))
+    everything, places = total(groups.values()), range(len(rows))
     # A `Figure` of its own, without pyplot: that would choose a window system, and keep it for the process.
-    figure = Figure(figsize=(12, 1.6 + 0.5 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(12, 1.8 + 0.5 * len(rows)), layout="constrained")
+    instead = f"${everything.timer:.2f} under a timer of 5 minutes, ${everything.always_on:.2f} always on"
+    figure.suptitle(f"All sandboxes: ${everything.spent:.2f} instead of {instead}")
     dollars, times = figure.subplots(1, 2, sharey=True)
     bars = (("always on", "0.85", 0.8), ("5-min timer", "0.6", 0.5), ("spent", "tab:green", 0.25))
     for (label, color, height), name in zip(bars, ("always_on", "timer", "spent"), strict=True):
@@ -90,7 +92,6 @@ def draw(groups: Mapping[tuple[str, ...], Account], path: Path) -> None:
         dollars.barh(places, values, height=height, color=color, label=label)
     dollars.set_yticks(places, [name for name, _ in rows])
     dollars.set_xlabel("dollars, by the provider's prices")
-    dollars.set_xscale("symlog", linthresh=0.01)
     left = [0.0] * len(rows)
     for name, color in (("running", "tab:orange"), ("frozen", "tab:cyan"), ("paused", "tab:blue")):
         shares = [
