@@ -7,9 +7,13 @@ synced to disk. The other side is this package's own client and an engine proces
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
+import signal
+import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -28,8 +32,9 @@ from sandbox_tools.engine.http1 import call
 from sandbox_tools.engine.runtime import Container
 from sandbox_tools.engine.templates import Template, prepare
 from sandbox_tools.engine.tunnel import Tunnel
-from sandbox_tools.models import INTERPRETER_PORT
-from sandbox_tools.paths import state_directory, templates_directory
+from sandbox_tools.engine.usage import cpu_seconds
+from sandbox_tools.models import DEFAULT_TEMPLATE, INTERPRETER_PORT
+from sandbox_tools.paths import socket_path, state_directory, templates_directory
 
 FIRST = "import pandas; int(pandas.DataFrame({'a': [20, 22]}).a.sum())"
 FILL = "import os; blob = [os.urandom(1 << 20) for _ in range(1024)]; len(blob)"
@@ -39,6 +44,12 @@ CREATE = "create to first result"
 ROUND_TRIP = "1+1 round trip"
 PAUSE = "pause"
 RESUME = "resume to first result"
+FREEZE = "freeze"
+THAW = "thaw to first result"
+STEPS = (CREATE, ROUND_TRIP, FREEZE, THAW, PAUSE, RESUME)
+
+# How often each is frozen, and for how many seconds an idle one is watched.
+FREEZES, WATCHED = 10, 20.0
 
 
 class Bare:
@@ -73,6 +84,13 @@ class Bare:
     async def checkpoint(self, image: Path) -> None:
         image.mkdir()
         await asyncio.to_thread(self.call, "checkpoint", "--compression=none", f"--image-path={image}")
+
+    async def freeze(self) -> None:
+        await asyncio.to_thread(self.call, "pause")
+
+    async def thaw(self) -> None:
+        await asyncio.to_thread(self.call, "resume")
+        await self.run("1+1")
 
     async def run(self, code: str) -> None:
         body = json.dumps({"code": code, "context_id": None, "language": None, "env_vars": None}).encode()
@@ -112,6 +130,9 @@ async def bare_round(template: Template, work: Path, name: str, fill: str | None
     into[ROUND_TRIP] += [await seconds(lambda: first.run("1+1")) for _ in range(ROUND_TRIPS)]
     if fill:
         await first.run(fill)
+    for _ in range(FREEZES):
+        into[FREEZE].append(await seconds(first.freeze))
+        into[THAW].append(await seconds(first.thaw))
     first.tunnel.detach("checkpoint")
     into[PAUSE].append(await seconds(lambda: first.checkpoint(image)))
     into[RESUME].append(await seconds(resume))
@@ -128,6 +149,9 @@ async def engine_round(client: Client, fill: str | None, into: Samples) -> None:
     into[ROUND_TRIP] += [await seconds(lambda: sandbox.run_code("1+1")) for _ in range(ROUND_TRIPS)]
     if fill:
         await sandbox.run_code(fill)
+    for _ in range(FREEZES):
+        into[FREEZE].append(await seconds(sandbox.freeze))
+        into[THAW].append(await seconds(lambda: sandbox.run_code("1+1")))
 
     async def resume() -> None:
         await sandbox.resume()
@@ -138,7 +162,22 @@ async def engine_round(client: Client, fill: str | None, into: Samples) -> None:
     await sandbox.kill()
 
 
-async def measure(rounds: int, console: Console) -> dict[str, dict[str, Samples]]:
+async def idle_cpu(client: Client, state: Path) -> Samples:
+    """CPU seconds a second that a sandbox takes of the host while nobody uses it."""
+    sandbox = await client.create(DEFAULT_TEMPLATE)
+    await sandbox.run_code(FIRST)
+    pid = int(next((state / "sandboxes" / sandbox.id).glob("run-*/pid")).read_text())
+    taken: Samples = {}
+    for name, step in {"running": asyncio.sleep(2), "frozen": sandbox.freeze()}.items():
+        await step
+        before = cpu_seconds(pid)
+        await asyncio.sleep(WATCHED)
+        taken[name] = [(cpu_seconds(pid) - before) / WATCHED]
+    await sandbox.kill()
+    return taken
+
+
+async def measure(rounds: int, console: Console) -> tuple[dict[str, dict[str, Samples]], Samples]:
     state = state_directory()
     with Progress(console=console, transient=True) as progress:
         template = await prepare(state, templates_directory(state))
@@ -153,23 +192,30 @@ async def measure(rounds: int, console: Console) -> dict[str, dict[str, Samples]
                 # Both sides warm: the engine is up, the image is in the page cache.
                 await (await client.create("base")).kill()
                 for kind, fill in kinds.items():
-                    sides: dict[str, Samples] = {
-                        side: {step: [] for step in (CREATE, ROUND_TRIP, PAUSE, RESUME)} for side in ("engine", "bare")
-                    }
+                    sides: dict[str, Samples] = {side: {step: [] for step in STEPS} for side in ("engine", "bare")}
                     for number in range(rounds):
                         progress.update(task, description=kind)
                         await engine_round(client, fill, sides["engine"])
                         await bare_round(template, work, f"bare-{number}-{len(results)}", fill, sides["bare"])
                         progress.advance(task)
                     results[kind] = sides
+                progress.update(task, description="idle")
+                cpu = await idle_cpu(client, work / "engine")
         finally:
-            end_engine = ["pkill", "-TERM", "-f", f"sandbox_tools serve.*{work}"]
-            await asyncio.to_thread(subprocess.run, end_engine, check=False)
+            end_engine(work / "engine")
             shutil.rmtree(work, ignore_errors=True)
-    return results
+    return results, cpu
 
 
-def show(results: dict[str, dict[str, Samples]], console: Console) -> None:
+def end_engine(state: Path) -> None:
+    """The process that listens on the engine's socket, if one does."""
+    with socket.socket(socket.AF_UNIX) as listener, contextlib.suppress(OSError):
+        listener.connect(str(socket_path(state)))
+        pid, _, _ = struct.unpack("3i", listener.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        os.kill(pid, signal.SIGTERM)
+
+
+def show(results: dict[str, dict[str, Samples]], cpu: Samples, console: Console) -> None:
     for kind, sides in results.items():
         table = Table(title=f"{kind}, ms", title_justify="left")
         for column in ("step", "engine p50", "p95", "bare runsc p50", "p95", "ratio of p50"):
@@ -178,16 +224,18 @@ def show(results: dict[str, dict[str, Samples]], console: Console) -> None:
             bare = sides["bare"][step]
             table.add_row(step, *milliseconds(ours), *milliseconds(bare), ratio(ours, bare))
         console.print(table)
+    shares = ", ".join(f"{name} {100 * share:.1f} %" for name, (share,) in cpu.items())
+    console.print(f"CPU of an idle sandbox, of one core: {shares}")
     console.print(machine())
 
 
 def main() -> None:
     arguments = options(__doc__, rounds=5)
     console = Console(file=sys.stdout)
-    results = asyncio.run(measure(arguments.rounds, console))
-    show(results, console)
+    results, cpu = asyncio.run(measure(arguments.rounds, console))
+    show(results, cpu, console)
     if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1))
+        arguments.json.write_text(json.dumps({**results, "idle CPU": cpu}, indent=1))
 
 
 if __name__ == "__main__":

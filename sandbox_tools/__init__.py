@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from sandbox_tools.models import Execution, SandboxInfo
     from sandbox_tools.policy.adaptive import AdaptivePause
     from sandbox_tools.policy.pause import BreakEven, Never, PauseAfter
-    from sandbox_tools.session.session import PausedSandbox, Session
+    from sandbox_tools.session.bindings import PostgresBindings, SqliteBindings
+    from sandbox_tools.session.retention import PausedSandbox, Retention
+    from sandbox_tools.session.session import Session
     from sandbox_tools.session.sessions import Sessions
     from sandbox_tools.tools.langchain import SandboxCallback, SandboxToolkit
 
@@ -23,6 +25,8 @@ __all__ = [
     "Never",
     "PauseAfter",
     "PausedSandbox",
+    "PostgresBindings",
+    "Retention",
     "Sandbox",
     "SandboxCallback",
     "SandboxError",
@@ -30,6 +34,7 @@ __all__ = [
     "SandboxToolkit",
     "Session",
     "Sessions",
+    "SqliteBindings",
 ]
 
 _HOMES = {
@@ -38,7 +43,9 @@ _HOMES = {
     "models": ("Execution", "SandboxInfo"),
     "policy.adaptive": ("AdaptivePause",),
     "policy.pause": ("BreakEven", "Never", "PauseAfter"),
-    "session.session": ("PausedSandbox", "Session"),
+    "session.bindings": ("PostgresBindings", "SqliteBindings"),
+    "session.retention": ("PausedSandbox", "Retention"),
+    "session.session": ("Session",),
     "session.sessions": ("Sessions",),
     "tools.langchain": ("SandboxCallback", "SandboxToolkit"),
 }

@@ -316,14 +316,14 @@ class Sandbox:
                     await asyncio.sleep(pause)
                     pause = min(2 * pause, 0.5)
 
-    async def freeze(self) -> bool:
-        """As `Client.freeze`."""
-        return await self._client.freeze(self.id)
-
     @property
     def _resumed_lately(self) -> bool:
         """Whether a connection from before the pause may be kept still, which leads nowhere."""
         return time.monotonic() - self._resumed_at < KEEPALIVE_EXPIRY
+
+    async def freeze(self) -> bool:
+        """As `Client.freeze`."""
+        return await self._client.freeze(self.id)
 
     async def kill(self) -> bool:
         """As `Client.kill`."""

@@ -27,7 +27,7 @@ from sandbox_tools.errors import EngineError, ServerError
 log = logging.getLogger(__name__)
 
 Phase = Literal["running", "pausing", "shutting down", "paused", "resuming", "gone"]
-"""`shutting down` is the way to a pause that keeps files only."""
+"""`shutting down` is the way to a pause that keeps files only. What is frozen is `running`, and its record says so."""
 
 
 class Entry:

@@ -154,11 +154,9 @@ class Transitions:
                 raise ConflictError(msg, op="freeze", sandbox_id=entry.record.id)
             if entry.record.frozen:
                 return
-            if ports := sorted(entry.tunnel.in_use if entry.tunnel is not None else ()):
-                msg = (
-                    f"Sandbox {entry.record.id} is in use: {len(ports)} connections are open, to "
-                    f"{', '.join(f'port {port}' for port in dict.fromkeys(ports))}. Freeze it when they have ended."
-                )
+            if entry.tunnel is not None and (ports := entry.tunnel.in_use):
+                where = ", ".join(map(str, sorted(ports)))
+                msg = f"Sandbox {entry.record.id} is in use: connections are open (port {where}). Try again afterwards."
                 raise ConflictError(msg, op="freeze", sandbox_id=entry.record.id)
 
             try:

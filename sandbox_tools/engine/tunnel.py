@@ -100,10 +100,10 @@ class Tunnel:
         return self._mux is not None and not self._mux.closed.done()
 
     @property
-    def in_use(self) -> list[int]:
-        """The ports that somebody has a stream to, one for each stream."""
+    def in_use(self) -> set[int]:
+        """The ports that somebody has a stream to."""
         streams = self._mux.streams.values() if self._mux is not None else ()
-        return [stream.port for stream in streams if stream not in self.kept]
+        return {stream.port for stream in streams if stream not in self.kept}
 
     def detach(self, reason: str) -> None:
         """Drop every stream and let go of the pipes; the guest is left as it is. Safe to call twice."""

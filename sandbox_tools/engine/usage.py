@@ -15,7 +15,7 @@ def measure(pid: int, container: Container) -> Usage:
     """What the container takes whose first process this is."""
     disk = os.statvfs(container.directory)
     return Usage(
-        cpu_seconds=_cpu_seconds(pid),
+        cpu_seconds=cpu_seconds(pid),
         memory=memory(pid),
         cache=_cache(pid),
         disk=_written(pid, container.filestore),
@@ -25,10 +25,11 @@ def measure(pid: int, container: Container) -> Usage:
 
 def memory(pid: int) -> int:
     """RAM in bytes, each process with its share of what they share (PSS)."""
-    return sum(_proportional_bytes(each) for each in _with_descendants(pid))
+    return sum(_proportional_bytes(each) for each in with_descendants(pid))
 
 
-def _with_descendants(pid: int) -> list[int]:
+def with_descendants(pid: int) -> list[int]:
+    """The processes below one, itself first."""
     found = [pid]
     for each in found:  # grows while it is walked
         with contextlib.suppress(OSError):
@@ -45,9 +46,10 @@ def _proportional_bytes(pid: int) -> int:
     return 0
 
 
-def _cpu_seconds(pid: int) -> float:
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process and those below it, children that have ended included."""
     ticks = 0
-    for each in _with_descendants(pid):
+    for each in with_descendants(pid):
         with contextlib.suppress(OSError, IndexError):
             # After the name, which may hold blanks: fields 14 to 17 of proc(5), ended children included.
             fields = Path(f"/proc/{each}/stat").read_text(errors="replace").rpartition(")")[2].split()

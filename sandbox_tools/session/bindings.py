@@ -104,12 +104,9 @@ class Bindings(Notes):
         sensitive: bool,
         now: float,
     ) -> bool:
-        """Bind a sandbox that was found by its stamp, and whose binding was lost.
+        """Bind a sandbox that was found by its stamp, and whose binding was lost; False: it is bound already.
 
         A thread that has no sandbox, or one that was never made, has it as its own then.
-
-        Returns:
-            False: that handle or sandbox is bound already; nothing was changed.
         """
 
         def work(db: Connection) -> bool:
@@ -134,9 +131,20 @@ class Bindings(Notes):
     # Uses.
 
     async def begin_lease(
-        self, owner: str, thread: str, handle: str, *, use: str, holder: str, now: float, until: float
+        self,
+        owner: str,
+        thread: str,
+        handle: str,
+        *,
+        use: str,
+        holder: str,
+        now: float,
+        until: float,
+        ahead: bool = False,
     ) -> Binding | None:
         """Keep the sandbox from being paused until `until`; its idle period is over.
+
+        `ahead`: it is only woken, for a tool call that may come.
 
         Returns:
             Its binding. None: it is in a transition or gone; look again.
@@ -147,7 +155,7 @@ class Bindings(Notes):
             found = one(db, where + db.lock, owner=owner, handle=handle, now=now)
             if found is not None:
                 write_use(db, use, "lease", holder, owner, thread, handle, until)
-                note_used(db, handle, now, leased=True)
+                note_used(db, handle, now, leased=not ahead)
             return found
 
         return await self._transact(work)
@@ -212,19 +220,26 @@ class Bindings(Notes):
     async def list_idle(self, before: float, now: float) -> list[str]:
         """The handles of what nobody uses and that should have been paused by then, as the process that was to is gone.
 
-        One that died with a lease in hand had asked no policy yet: then it is what was not used since `before`.
+        One that died with a lease in hand had asked no policy yet: then it is what was not used since `before`. What is
+        held for a command counts as in use until the command is due to be asked after again (`defer`).
         """
         statement = f"""
             SELECT handle FROM sandboxes
             WHERE sandbox_id IS NOT NULL AND state IN ('running', 'frozen', 'unknown')
             AND (holder IS NULL OR held_until <= :now) AND coalesce(due_at, idle_since) <= :before
-            AND NOT EXISTS (SELECT 1 FROM uses WHERE uses.handle = sandboxes.handle AND uses.until > :now)
+            AND NOT EXISTS (
+                SELECT 1 FROM uses WHERE uses.handle = sandboxes.handle AND uses.until > :now AND uses.pid IS NULL)
             AND NOT EXISTS (
                 SELECT 1 FROM uses JOIN threads USING (owner, thread)
                 WHERE uses.handle IS NULL AND threads.handle = sandboxes.handle AND uses.until > :now)
             ORDER BY coalesce(due_at, idle_since) LIMIT {TAKEN_OVER}"""
         rows = await self._transact(lambda db: db.rows(statement, before=before, now=now))
         return [row["handle"] for row in rows]
+
+    async def defer(self, handle: str, due_at: float, awake_until: float) -> None:
+        """Note when what holds the sandbox is looked at again, and how long the server's timer lets it run."""
+        statement = "UPDATE sandboxes SET due_at = :due_at, awake_until = :until WHERE handle = :handle"
+        await self._transact(lambda db: db.run(statement, due_at=due_at, until=awake_until, handle=handle))
 
     # Transitions.
 

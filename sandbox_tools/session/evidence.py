@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from sandbox_tools.errors import SandboxError
 from sandbox_tools.policy.cost import GIB_PRICE, VCPU_PRICE, Terms, measured
-from sandbox_tools.policy.pause import Idle, PausePolicy, Plan
+from sandbox_tools.policy.pause import Idle, PausePolicy, Period, Plan
 from sandbox_tools.policy.savings import Change, State
 from sandbox_tools.policy.tally import Tally
 from sandbox_tools.session.bindings import Bindings
@@ -23,11 +23,9 @@ if TYPE_CHECKING:
 USUAL = (2.0, 0.5)
 """vCPU and GiB of a sandbox that nobody has looked at yet."""
 
-SEEN = 0.05
-"""Seconds from which on a wait counts as one."""
-
 RARE = 0.05
-"""The share of turns that use their sandbox below which none is woken ahead of its use."""
+"""The share of an owner's turns that use their sandbox below which none is woken ahead of its use: at the default price
+of waiting, sandboxes that were woken for nothing then cost more than the waiting they save."""
 
 
 class Evidence:
@@ -58,6 +56,7 @@ class Evidence:
         self._pause: float | None = None
         self._resume: float | None = None
         self._known: dict[str, Terms] = {}
+        self._uses: dict[str, float] = {}
         self.early_resume = early_resume
 
     def pause_took(self, seconds: float) -> None:
@@ -104,11 +103,13 @@ class Evidence:
         )
         await self._bindings.record(held.handle, held.owner, held.thread, change)
 
-    async def used(self, handle: str, *, lead: float | None, waited: float) -> None:
-        """The first use"""
+    def turn_was(self, owner: str, *, used: bool) -> None:
+        """A turn has ended, and has used its sandbox or not."""
+        self._uses[owner] = measured(self._uses.get(owner, 1.0), float(used))
 
-    async def expects_use(self, owner: str) -> bool:
-        return self.early_resume
+    def expects_use(self, owner: str) -> bool:
+        """Whether a turn that begins now is worth waking its sandbox for."""
+        return self.early_resume and self._uses.get(owner, 1.0) >= RARE
 
     async def _terms(self, held: Binding) -> Terms:
         if self._size is None and held.sandbox_id is not None:

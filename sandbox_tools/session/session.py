@@ -100,7 +100,10 @@ class Session:
 
     def drop_turn(self, run: str) -> bool:
         """The part of `turn_ended` that needs no event loop. False: there is no such turn."""
-        return self._turns.drop(self._key, self._turn_use(run)) is not None
+        dropped = self._turns.drop(self._key, self._turn_use(run))
+        if dropped is not None:
+            self._sessions.evidence.turn_was(self.owner, used=dropped.used)
+        return dropped is not None
 
     async def begin_turns(self) -> None:
         """Let other processes know of the turns noted here, and begin to wake what the thread has."""
@@ -213,7 +216,7 @@ class Session:
         return unwritten
 
     async def _wake_early(self, turns: list[str]) -> None:
-        if not await self._sessions.evidence.expects_use(self.owner):
+        if not self._sessions.evidence.expects_use(self.owner):
             return
         use = secrets.token_hex(8)
         try:
@@ -232,12 +235,10 @@ class Session:
                 self._idle(await self._bindings.end_use(use, self._sessions.clock.time()))
 
     async def _open(self, use: str) -> Sandbox:
-        began = self._sessions.clock.time()
+        self._turns.touch(self._key, self._sessions.clock.time())
         await self._write_turns()
         handle, sandbox = await self._transitions.open(self.owner, self.thread, use=use, sensitive=self.sensitive)
         self._turns.leases[use] = Lease(self._key, handle)
-        lead = self._turns.lead(self._key, began)
-        await self._sessions.evidence.used(handle, lead=lead, waited=self._sessions.clock.time() - began)
         return sandbox
 
     async def _end_lease(self, use: str, opening: asyncio.Task[Sandbox]) -> None:

@@ -18,6 +18,7 @@ from sandbox_tools.policy.pause import PausePolicy
 from sandbox_tools.session.bindings import Bindings, SqliteBindings
 from sandbox_tools.session.clock import Clock, SystemClock
 from sandbox_tools.session.evidence import Evidence
+from sandbox_tools.session.holds import Holds
 from sandbox_tools.session.retention import Keeper, Retention
 from sandbox_tools.session.schedule import Round, Schedule
 from sandbox_tools.session.session import Session
@@ -113,7 +114,8 @@ class Sessions:
             Round(self.keeper.every, self.keeper.look),
         ]
         self.schedule = Schedule(self.clock, settle=self._settle, rounds=rounds, spawn=self.spawn)
-        self.sweeper = Sweeper(self.transitions, bindings, self.evidence, self.clock, self.schedule)
+        self.holds = Holds(self.transitions, bindings, self.clock)
+        self.sweeper = Sweeper(self.transitions, self.holds, bindings, self.evidence, self.clock, self.schedule)
         self.loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._sweeping: asyncio.Task[None] | None = None
@@ -232,7 +234,7 @@ class Sessions:
             if (found := await self.bindings.find(owner, thread)) is not None:
                 used.add(found.handle)
         for handle in used:
-            await self.transitions.prolong(handle)
+            await self.holds.prolong(handle)
 
 
 def _default_bindings(client: Client) -> Path:

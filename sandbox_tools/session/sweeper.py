@@ -12,8 +12,9 @@ from sandbox_tools.policy.pause import Plan
 from sandbox_tools.session.bindings import Bindings
 from sandbox_tools.session.clock import Clock
 from sandbox_tools.session.evidence import Evidence
-from sandbox_tools.session.rows import Binding, Hold
-from sandbox_tools.session.transitions import AWAKE, Transitions
+from sandbox_tools.session.holds import Holds
+from sandbox_tools.session.rows import Binding
+from sandbox_tools.session.transitions import Transitions
 
 if TYPE_CHECKING:
     from sandbox_tools.session.schedule import Schedule
@@ -25,9 +26,6 @@ GRACE = 8
 
 RETRY = 30.0
 """Seconds until a pause that failed is tried again."""
-
-POLL = 30.0
-"""Seconds between two looks at the commands that keep a sandbox awake."""
 
 LATE = 3.0
 """Seconds past its time after which a sandbox counts as left behind by the process that should have paused it."""
@@ -49,9 +47,16 @@ class Sweeper:
     """
 
     def __init__(
-        self, transitions: Transitions, bindings: Bindings, evidence: Evidence, clock: Clock, schedule: Schedule
+        self,
+        transitions: Transitions,
+        holds: Holds,
+        bindings: Bindings,
+        evidence: Evidence,
+        clock: Clock,
+        schedule: Schedule,
     ) -> None:
         self._transitions = transitions
+        self._holds = holds
         self._bindings = bindings
         self._evidence = evidence
         self._clock = clock
@@ -84,13 +89,14 @@ class Sweeper:
 
     async def _settle(self, handle: str, closing: bool) -> float | None:
         """When to ask again, in seconds since the epoch. None: when it has been used again."""
-        if holds := await self._bindings.holds(handle, self._clock.time()):
-            return await self._held(handle, holds)
+        if (again := await self._holds.look(handle)) is not None:
+            return again
         async with self._transitions.exclusive(handle, unless="used") as held:
             if held is None or held.sandbox_id is None or held.state == "paused":
                 return None
             now, plan = self._clock.time(), await self._planned(held)
             if plan.pause_after is None:
+                await self._transitions.leave(held)
                 return None
             pause_at = held.idle_since + plan.pause_after
             if closing or pause_at <= now:
@@ -116,21 +122,3 @@ class Sweeper:
                 freeze_at = math.inf if frozen else now + RETRY
         await self._transitions.arm(held, math.ceil(pause_at - now) + GRACE, due_at=pause_at, frozen=frozen)
         return min(pause_at, freeze_at)
-
-    async def _held(self, handle: str, holds: list[Hold]) -> float | None:
-        """It is kept awake on purpose; commands are asked after, and the server's timer is moved with it."""
-        now, commands = self._clock.time(), [hold for hold in holds if hold.pid is not None]
-        if commands:
-            running = await self._transitions.running(handle)
-            if running is None:
-                return None
-            for hold in commands:
-                if hold.pid not in running:
-                    await self._bindings.end_use(hold.id, now)
-                    holds.remove(hold)
-        if not holds:
-            return now
-        # A command is looked at again long before that; without this process, the timer lets it have its minutes.
-        until = max(hold.until for hold in holds if hold.pid is None) if len(commands) < len(holds) else now
-        await self._transitions.prolong(handle, max(AWAKE, math.ceil(until - now) + GRACE))
-        return min([now + POLL, *(hold.until for hold in holds)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -19,7 +20,6 @@ from sandbox_tools.errors import (
     SandboxBusyError,
     SandboxError,
     SandboxExpiredError,
-    SandboxStateError,
     StateLostError,
 )
 from sandbox_tools.session.bindings import Bindings
@@ -38,6 +38,9 @@ AWAKE = 300
 
 FRESH = 5.0
 """Seconds for which a sandbox seen running is taken to run still, without asking."""
+
+SEEN = 0.05
+"""Seconds from which on somebody who waits for a sandbox that was there before is said to have waited."""
 
 PATIENCE = 900.0
 """Seconds a lease waits for another process's transition; a first create may build the local template in it."""
@@ -106,7 +109,7 @@ class Transitions:
             SandboxExpiredError: The sandbox of `handle` is gone.
             SandboxBusyError: Another process's transition took longer than `PATIENCE` seconds.
         """
-        give_up, pause = time.monotonic() + PATIENCE, 0.02
+        give_up, pause, began = time.monotonic() + PATIENCE, 0.02, self.clock.time()
         while time.monotonic() < give_up:
             found = await (self._current(owner, thread, sensitive) if handle is None else self.owned(owner, handle))
             async with self._lock(found.handle):
@@ -114,6 +117,8 @@ class Transitions:
                 if held is not None:
                     sandbox = await (self._wake(held) if held.sandbox_id else self._create(held))
                     if sandbox is not None:
+                        if held.sandbox_id and (waited := self.clock.time() - began) > SEEN:
+                            await self.evidence.changed(held, "running", waited=waited)
                         return found.handle, sandbox
                     if handle is not None and await self.bindings.by_handle(owner, handle) is None:
                         msg = f"The sandbox {handle!r} is gone, and its state with it. Use another one."
@@ -137,7 +142,7 @@ class Transitions:
             if found is None or found.sandbox_id is None:
                 return None
             async with self._lock(found.handle):
-                if still() and (held := await self._begin_lease(owner, thread, found.handle, use)) is not None:
+                if still() and (held := await self._begin_lease(owner, thread, found.handle, use, ahead=True)):
                     return held.handle if held.sandbox_id and await self._wake(held) else None
             await asyncio.sleep(pause)
             pause = min(2 * pause, 0.5)
@@ -243,9 +248,8 @@ class Transitions:
         """Set the server's own timer, so that the pause comes even if this process does not live to ask for it."""
         assert held.sandbox_id is not None
         state: Hint = "frozen" if frozen else "running"
-        seconds = self._allowed(seconds)
         try:
-            await self.client.set_timeout(held.sandbox_id, seconds)
+            seconds = await self.set_timeout(held.sandbox_id, seconds)
         except SandboxError as error:
             # Not even a 404 means lost: a paused sandbox answers it too. The next lease finds out.
             log.warning("could not set the timeout of %s: %s", held.handle, error)
@@ -260,42 +264,22 @@ class Transitions:
             due_at=due_at,
         )
 
-    async def prolong(self, handle: str, seconds: int = AWAKE) -> None:
-        """Renew the server's timer of one that is in use, if less than half of that time is left."""
-        now, awake = self.clock.time(), self.awake.get(handle)
-        if awake is None or awake.until - now > seconds / 2:
-            return
-        try:
-            await self.client.set_timeout(awake.sandbox.id, self._allowed(seconds))
-        except SandboxError as error:
-            log.warning("could not prolong %s, which is in use: %s", handle, error)
-        else:
-            awake.until = now + seconds
-
-    async def running(self, handle: str) -> set[int] | None:
-        """The process ids of the commands that run in it. None: it does not run itself."""
-        held = await self.bindings.get(handle)
-        if held is None or held.sandbox_id is None or held.state == "paused":
-            return None
-        try:
-            if handle not in self.awake:
-                await self.stamps.check(held)
-                self._saw(handle, await self.client.connect(held.sandbox_id, timeout=AWAKE))
-            commands = self.awake[handle].sandbox.commands
-            asked = set(commands.started)
-            running = {process.pid for process in await commands.list()}
-            commands.started -= asked - running
-            return running
-        except (SandboxStateError, *GONE):
-            return None
-
     @property
     def keeps_files(self) -> bool:
         """Whether the provider can pause without memory."""
         return "pause(memory=False)" not in self.client.dialect.lacks
 
-    def _allowed(self, seconds: int) -> int:
-        return min(seconds, self.client.dialect.max_timeout or seconds)
+    async def leave(self, held: Binding) -> None:
+        """Leave it to the server's own timer as that is; nobody will look at it before its next use."""
+        await self.bindings.end_transition(
+            held, state=held.state, sandbox_id=held.sandbox_id, awake_until=held.awake_until, due_at=math.inf
+        )
+
+    async def set_timeout(self, sandbox_id: str, seconds: int) -> int:
+        """Move the server's own timer; the seconds it is at then, which the provider may limit."""
+        seconds = min(seconds, self.client.dialect.max_timeout or seconds)
+        await self.client.set_timeout(sandbox_id, seconds)
+        return seconds
 
     def _lock(self, handle: str) -> asyncio.Lock:
         """The handle's own; it lives as long as somebody holds or awaits it."""
@@ -308,10 +292,10 @@ class Transitions:
             found = await self.bindings.current(owner, thread, self.clock.time(), sensitive=sensitive)
         return found
 
-    async def _begin_lease(self, owner: str, thread: str, handle: str, use: str) -> Binding | None:
+    async def _begin_lease(self, owner: str, thread: str, handle: str, use: str, ahead: bool = False) -> Binding | None:
         now = self.clock.time()
         return await self.bindings.begin_lease(
-            owner, thread, handle, use=use, holder=self.holder, now=now, until=now + self.expiry
+            owner, thread, handle, use=use, holder=self.holder, now=now, until=now + self.expiry, ahead=ahead
         )
 
     async def _wake(self, held: Binding) -> Sandbox | None:
@@ -335,7 +319,7 @@ class Transitions:
             self.evidence.resume_took(self.clock.time() - now)
         if not ran:
             await self._verify(held, sandbox)
-        self._saw(held.handle, sandbox)
+        self.saw(held.handle, sandbox)
         await self.bindings.note(held, state="running", awake_until=self.clock.time() + AWAKE)
         if held.state != "running":
             await self.evidence.changed(held, "running")
@@ -378,7 +362,7 @@ class Transitions:
                 # This process slept past its hold. Whoever held next has adopted this sandbox by its stamp, or, having
                 # looked too early, made another; this one then falls asleep by its timer, and `kill` finds it.
                 return None
-            self._saw(held.handle, sandbox)
+            self.saw(held.handle, sandbox)
             await self.evidence.changed(held, "running")
             return sandbox
 
@@ -390,7 +374,8 @@ class Transitions:
             if why == "lost":
                 log.warning("the sandbox %s is gone, and its state with it", held.handle)
 
-    def _saw(self, handle: str, sandbox: Sandbox) -> None:
+    def saw(self, handle: str, sandbox: Sandbox) -> None:
+        """It runs, and has all of `AWAKE` before it."""
         now = self.clock.time()
         self.awake[handle] = Awake(sandbox=sandbox, seen_at=now, until=now + AWAKE)
 

@@ -15,7 +15,7 @@ class Turn:
 
     Attributes:
         began: When its message came; seconds since the epoch.
-        touched: When a lease in it last ended, or it began.
+        touched: When it began, or a lease in it last began or ended.
         written: Whether other processes know of it.
         used: Whether a lease has begun in it.
     """
@@ -78,20 +78,11 @@ class Turns:
         with self.noting:
             return list(self._open)
 
-    def lead(self, key: Key, now: float) -> float | None:
-        """Seconds from the message to the lease that begins now. None: it is not the first, or there is no turn."""
-        with self.noting:
-            turns = self._open.get(key, {}).values()
-            first = None if any(turn.used for turn in turns) else min((turn.began for turn in turns), default=None)
-            for turn in turns:
-                turn.used, turn.touched = True, now
-        return None if first is None else max(0.0, now - first)
-
     def touch(self, key: Key, now: float) -> None:
-        """A lease has ended there."""
+        """A lease begins or ends there."""
         with self.noting:
             for turn in self._open.get(key, {}).values():
-                turn.touched = now
+                turn.used, turn.touched = True, now
 
     def forgotten(self, before: float) -> list[tuple[Key, str]]:
         """Turns in which nothing has happened since then, nor does now."""

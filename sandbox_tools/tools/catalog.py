@@ -14,7 +14,15 @@ from pydantic import BaseModel, ConfigDict, Field
 from sandbox_tools.errors import ExecutionTimeoutError, SandboxError
 from sandbox_tools.models import ExecutionEvent, Stderr, Stdout
 from sandbox_tools.session.session import Session
-from sandbox_tools.tools.render import STATE_LOST, Rendered, capped, render, render_error, render_paused, render_timeout
+from sandbox_tools.tools.render import (
+    Rendered,
+    capped,
+    render,
+    render_error,
+    render_lost,
+    render_paused,
+    render_timeout,
+)
 
 Emit = Callable[[dict[str, Any]], Awaitable[None]]
 """Takes one piece of live output: `stream` and `text`."""
@@ -75,8 +83,9 @@ class Tool:
             rendered = await self.call(session, arguments, emit)
         except SandboxError as error:
             rendered = render_error(error)
-        if await session.take_lost():
-            return Rendered(blocks=[*Rendered.of(STATE_LOST).blocks, *rendered.blocks], artifact=rendered.artifact)
+        if lost := await session.take_lost():
+            told = Rendered.of(render_lost(lost)).blocks
+            return Rendered(blocks=[*told, *rendered.blocks], artifact=rendered.artifact)
         return rendered
 
 

@@ -116,7 +116,7 @@ class SandboxCallback(AsyncCallbackHandler):
             session = self._turns[run_id] = self._sessions.session(thread, owner=self._owner)
             # Under `invoke` this runs on a passing loop, which must not become theirs: the first tool call decides.
             session.note_turn(str(run_id))
-            portal.post(self._sessions, session.write_turns)
+            portal.post(self._sessions, session.begin_turns)
 
     async def on_chain_end(self, outputs: Any, *, run_id: UUID, **more: Any) -> None:
         """The turn has ended, if that run was one."""

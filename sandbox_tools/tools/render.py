@@ -30,7 +30,7 @@ from sandbox_tools.errors import (
     TransportError,
 )
 from sandbox_tools.models import Execution, Result
-from sandbox_tools.session.session import PausedSandbox
+from sandbox_tools.session.retention import PausedSandbox
 
 TEXT_LIMIT = 20_000
 """Characters of one result, its beginning and its end together."""
@@ -40,10 +40,25 @@ IMAGES = 4
 IMAGE_LIMIT = 1_500_000
 """Characters of one image in base64."""
 
-STATE_LOST = (
+SANDBOX_LOST = (
     "Note: your earlier sandbox is gone, and all variables, processes and files in it are lost. "
     "You start with a new, empty one: import, load and compute again what you need."
 )
+
+WOKE_WITHOUT = {
+    frozenset({"memory"}): (
+        "Note: your sandbox woke with its files, but without its memory: variables, imports and processes are gone. "
+        "Load and compute again what you need."
+    ),
+    frozenset({"files"}): (
+        "Note: your sandbox woke with files of an earlier time: look at them before you rely on them, and write again "
+        "what is missing."
+    ),
+    frozenset({"files", "memory"}): (
+        "Note: your sandbox woke in an earlier state: variables, processes and files are not what they were. Look "
+        "before you rely on them, and make again what is missing."
+    ),
+}
 
 COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
@@ -74,7 +89,7 @@ def render(execution: Execution, *, before: str = "") -> Rendered:
     """An execution as text and images.
 
     Args:
-        before: A sentence to say first, such as `STATE_LOST`.
+        before: A sentence to say first, such as `SANDBOX_LOST`.
     """
     sections = [before]
     images: list[dict[str, Any]] = []
@@ -127,6 +142,11 @@ def capped(text: str) -> str:
     )
 
 
+def render_lost(lost: frozenset[str]) -> str:
+    """The sentence for what `Session.take_lost` gives; it is not empty."""
+    return SANDBOX_LOST if "sandbox" in lost else WOKE_WITHOUT[lost]
+
+
 def render_paused(sandboxes: list[PausedSandbox]) -> Rendered:
     """A listing of the owner's paused sandboxes."""
     if not sandboxes:
@@ -135,7 +155,8 @@ def render_paused(sandboxes: list[PausedSandbox]) -> Rendered:
     for paused in sandboxes:
         size = "" if paused.snapshot_bytes is None else f", {paused.snapshot_bytes / 1e6:.0f} MB"
         whose = "this conversation's own" if paused.current else "from an earlier conversation"
-        lines.append(f"{paused.handle}: paused {_ago(paused.age)} ago{size}, {whose}")
+        soon = f", will be deleted on {paused.expires_at:%Y-%m-%d}" if paused.expiring and paused.expires_at else ""
+        lines.append(f"{paused.handle}: paused {_ago(paused.age)} ago{size}, {whose}{soon}")
     return Rendered.of("\n".join(lines), handles=[paused.handle for paused in sandboxes])
 
 

@@ -12,7 +12,13 @@ from pathlib import Path
 import pytest
 
 from sandbox_tools.client import Client, Sandbox
-from sandbox_tools.errors import ExecutionTimeoutError, NotFoundError, SandboxExpiredError, SandboxStateError
+from sandbox_tools.errors import (
+    ConflictError,
+    ExecutionTimeoutError,
+    NotFoundError,
+    SandboxExpiredError,
+    SandboxStateError,
+)
 from sandbox_tools.models import ExecutionEvent, Stdout
 from tests.conftest import own_state
 from tests.machine import PATIENCE, EngineProcess
@@ -42,6 +48,40 @@ async def test_variables_survive_a_pause_and_another_client_finds_them(sandbox: 
         again = await other.connect(sandbox.id)
         execution = await again.run_code("print(os.environ['GREETING']); x + 1")
     assert ("hello\n", "42") == (execution.stdout, execution.text)
+
+
+async def test_a_frozen_sandbox_is_used_as_if_it_ran(sandbox: Sandbox, client: Client) -> None:
+    await sandbox.run_code("x = 41")
+    assert await sandbox.freeze()
+    assert await client.freeze(sandbox.id)
+    info = await sandbox.info()
+    assert "running" == info.state
+    assert info.frozen_since is not None
+    assert info.spent is not None
+
+    assert "42" == (await sandbox.run_code("x + 1")).text
+    assert (await sandbox.info()).frozen_since is None
+    assert (await sandbox.info()).spent.frozen > 0  # type: ignore[union-attr]
+
+
+async def test_what_cannot_be_frozen_says_why(sandbox: Sandbox, client: Client) -> None:
+    async with asyncio.timeout(PATIENCE), contextlib.aclosing(sandbox.stream_code("while True: print(1)")) as events:
+        await anext(events)
+        with pytest.raises(ConflictError, match="in use"):
+            await sandbox.freeze()
+    await sandbox.pause()
+    assert not await sandbox.freeze()
+    with pytest.raises(NotFoundError):
+        await client.freeze("nobody")
+
+
+async def test_a_pause_of_a_frozen_sandbox_leaves_its_mark_and_its_resume_finds_it(sandbox: Sandbox) -> None:
+    await sandbox.run_code("x = 41")
+    await sandbox.freeze()
+    assert await sandbox.pause()
+    assert sandbox.sentinel is not None
+    await sandbox.resume()
+    assert "41" == (await sandbox.run_code("x")).text
 
 
 async def test_a_listing_finds_a_sandbox_by_its_metadata(sandbox: Sandbox, client: Client) -> None:

@@ -169,10 +169,33 @@ async def test_what_a_provider_does_not_have_is_named_before_any_request() -> No
         "snapshot": owner.snapshot("i1"),
         "list_snapshots": first(owner.list_snapshots()),
         "delete_snapshot": owner.delete_snapshot("s1"),
+        "freeze": owner.freeze("i1"),
     }.items():
         with pytest.raises(ConfigError, match=f"`{verb}` at 'ppio'") as caught:
             await call
         assert verb == caught.value.op
+
+
+@pytest.mark.parametrize("name", ["e2b", "ppio", "novita", "ucloud"])
+async def test_only_the_local_engine_freezes(name: str) -> None:
+    owner = client(lambda _: pytest.fail("a request"), name)
+
+    assert (False, True) == (owner.dialect.can_freeze, DIALECTS["local"].can_freeze)
+    with pytest.raises(ConfigError, match=f"`freeze` at '{name}'"):
+        await owner.freeze("i1")
+
+
+@pytest.mark.parametrize(("status", "state", "outcome"), [(204, "", True), (409, "paused", False)])
+async def test_a_freeze_says_whether_the_sandbox_is_frozen_or_sleeps_already(
+    status: int, state: str, outcome: bool
+) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.method == "GET":
+            return httpx.Response(200, json=row("i1", state=state))
+        assert ("/sandboxes/i1/freeze", b"") == (request.url.path, request.content)
+        return httpx.Response(status, json={"code": status, "message": "because"} if status > 400 else None)
+
+    assert outcome is await client(answer, "local").freeze("i1")
 
 
 async def test_metrics_of_a_legacy_domain_are_asked_for_in_milliseconds_and_come_in_mebibytes() -> None:

@@ -122,6 +122,11 @@ def test_a_full_disk_fails_the_pause_and_the_sandbox_goes_on_running(templates: 
             assert "no space" in answer.json()["message"].lower()
             assert box.info()["state"] == "running"
             assert box.value("kept, os.getpid()") == f"('yes', {pid})"
+
+            assert box.post("freeze").status_code == 204
+            assert "goes on running" in box.post("pause").json()["message"]
+            assert "frozenSince" not in box.info()
+            assert box.value("kept, os.getpid()") == f"('yes', {pid})"
             assert box.kill() == 204
         finally:
             engine.stop()

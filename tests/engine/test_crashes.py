@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from sandbox_tools.engine import usage
 from tests.machine import EngineProcess
 
 MEMORY = "kept = 'yes'; blob = b'x' * (100 << 20)"
@@ -110,9 +111,13 @@ def test_a_running_sandbox_that_cannot_be_reached_is_kept_until_it_can(own_engin
     box.run("kept = 'yes'")
     own_engine.kill()
     container = int(next((own_engine.state / "sandboxes" / box.id).glob("run-*/pid")).read_text())
-    os.kill(container, signal.SIGSTOP)
+    # What gVisor runs the guest in, and not gVisor itself, which a new engine would let go on.
+    for process in usage.with_descendants(container)[1:]:
+        os.kill(process, signal.SIGSTOP)
     own_engine.start()
-    os.kill(container, signal.SIGCONT)
+    assert "can't be reached" in own_engine.log()
+    for process in usage.with_descendants(container)[1:]:
+        os.kill(process, signal.SIGCONT)
 
     assert box.info()["state"] == "running"
     assert box.post("connect", timeout=600).status_code == 200

@@ -230,4 +230,6 @@ def test_operations_have_names_of_their_own_and_the_document_describes_all() -> 
     names = [each["operationId"] for methods in described["paths"].values() for each in methods.values()]
     assert sorted(names) == NAMES
     assert len(set(names)) == len(names)
+    extensions = [path for path, methods in described["paths"].items() if methods.get("post", {}).get("x-extension")]
+    assert extensions == ["/sandboxes/{sandboxID}/freeze"]
     assert "templateID" in described["components"]["schemas"]["NewSandbox"]["required"]

@@ -156,6 +156,10 @@ def test_as_an_ordinary_user_sandboxes_pause_and_wake_too(templates: Path) -> No
             assert box.post("connect", timeout=600).status_code == 201
 
             assert box.value("kept, open('file').read(), os.getpid()") == f"('yes', 'kept', {pid})"
+
+            assert box.post("freeze").status_code == 204
+            assert "frozenSince" in box.info()
+            assert box.value("os.getpid()") == pid
             box.kill()
         finally:
             engine.stop()

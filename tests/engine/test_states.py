@@ -6,7 +6,11 @@ import threading
 import time
 from datetime import datetime
 
+import httpx
 import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from tests.machine import Box, EngineProcess
 
@@ -250,3 +254,78 @@ def test_sandboxes_from_one_image_share_no_random_numbers(engine: EngineProcess)
 
     first.kill()
     second.kill()
+
+
+# What a sandbox may be told to do, by the state that it is in.
+ANSWERS = {
+    ("freeze", "running"): (204, "frozen"),
+    ("freeze", "frozen"): (204, "frozen"),
+    ("freeze", "paused"): (409, "paused"),
+    ("connect", "running"): (200, "running"),
+    ("connect", "frozen"): (200, "running"),
+    ("connect", "paused"): (201, "running"),
+    ("resume", "running"): (409, "running"),
+    ("resume", "frozen"): (201, "running"),
+    ("resume", "paused"): (201, "running"),
+    ("pause", "running"): (204, "paused"),
+    ("pause", "frozen"): (204, "paused"),
+    ("pause", "paused"): (409, "paused"),
+    ("timeout", "running"): (204, "running"),
+    ("timeout", "frozen"): (204, "frozen"),
+    ("timeout", "paused"): (404, "paused"),
+}
+
+
+class OneSandbox(RuleBasedStateMachine):
+    """Any order of verbs, engines' deaths among them: the state is the one that is expected, and nothing is lost."""
+
+    engine: EngineProcess
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.box = self.engine.create()
+        self.box.run("count = 0")
+        self.state = "running"
+        self.count = 0
+
+    @rule(verb=st.sampled_from(["freeze", "freeze", "connect", "resume", "pause", "timeout"]))
+    def tell(self, verb: str) -> None:
+        body = {} if verb in ("freeze", "pause") else {"timeout": 600}
+        status, self.state = ANSWERS[verb, self.state]
+        assert self.box.post(verb, **body).status_code == status
+
+    @rule()
+    def run_code(self) -> None:
+        if self.state == "paused":
+            with pytest.raises(httpx.RemoteProtocolError, match="was not found"):
+                self.box.run("count += 1")
+            return
+
+        self.count += 1
+        self.state = "running"
+        assert self.box.value("count += 1; count") == str(self.count)
+
+    @rule()
+    def lose_the_engine(self) -> None:
+        self.engine.kill()
+        self.engine.start()
+
+    @invariant()
+    def it_is_what_is_expected(self) -> None:
+        info = self.box.info()
+        shown = "frozen" if "frozenSince" in info else info["state"]
+        assert shown == self.state
+        assert bool(info["residentBytes"]) == (self.state != "paused")
+
+    def teardown(self) -> None:
+        self.box.post("connect", timeout=600)
+        assert self.box.value("count") == str(self.count)
+        self.box.kill()
+
+
+def test_whatever_it_is_told_in_whatever_order_a_sandbox_is_in_the_state_that_is_expected(
+    own_engine: EngineProcess,
+) -> None:
+    OneSandbox.engine = own_engine
+    quiet = settings(max_examples=4, stateful_step_count=12, database=None, suppress_health_check=list(HealthCheck))
+    run_state_machine_as_test(OneSandbox, settings=quiet)  # type: ignore[no-untyped-call]

@@ -68,6 +68,8 @@ class AnyOrder(RuleBasedStateMachine):
     def two_processes_begin(self, policy):
         self.policy = policy
         self.registries = [self.runner.run(self.start()) for _ in range(2)]
+        for process, thread in enumerate("ab"):
+            self.a_whole_turn(process, thread, 0)
 
     async def start(self):
         sessions = Sessions(
@@ -105,6 +107,20 @@ class AnyOrder(RuleBasedStateMachine):
         self.turns.remove(turn)
         process, thread, run = turn
         self.runner.run(self.passing_time(self.session(process, thread).turn_ended(run)))
+
+    @rule(process=processes, thread=threads, seconds=st.sampled_from([0, 3, 31, 50]))
+    def a_whole_turn(self, process, thread, seconds):
+        """With one tool call, and some time after it."""
+
+        async def turn():
+            async with self.session(process, thread).turn() as session, session.lease() as sandbox:
+                if sandbox.id in self.lost:
+                    raise SandboxExpiredError("gone since it was last seen")
+                self.remember(sandbox, "turn")
+
+        self.attempt(turn())
+        self.clock.advance(seconds)
+        self.runner.run(self.sweep())
 
     @rule(process=processes, thread=threads)
     def tool_starts(self, process, thread):
@@ -170,6 +186,7 @@ class AnyOrder(RuleBasedStateMachine):
         for machine in self.own().values():
             machine.commands.clear()
 
+    @precondition(lambda self: not self.provider.failing())
     @rule(failure=st.sampled_from(FAILURES))
     def the_provider_is_about_to_fail(self, failure):
         verb, error, after = failure
@@ -193,16 +210,18 @@ class AnyOrder(RuleBasedStateMachine):
     def time_passes(self, steps):
         self.runner.run(self.pass_time(steps))
 
-    async def pass_time(self, steps):
+    async def pass_time(self, steps, seconds=15):
         for _ in range(steps):
-            self.clock.advance(15)
+            self.clock.advance(seconds)
             await self.sweep()
 
     async def sweep(self):
         for sessions in self.registries:
             await sessions.sweep()
-            while sessions._tasks:
-                await asyncio.wait(sessions._tasks)
+        # Some wait for what a dead process held, and that for the clock to go on.
+        while tasks := {task for sessions in self.registries for task in sessions._tasks}:
+            if not (await asyncio.wait(tasks, timeout=0.3))[0]:
+                break
 
     async def passing_time(self, work):
         """Its outcome; whoever waits for what a dead process held waits on a clock that goes on."""
@@ -255,7 +274,7 @@ class AnyOrder(RuleBasedStateMachine):
         """By us or, after a crash or failures, by the server's timer."""
         for machine in self.own().values():
             machine.commands.clear()
-        self.runner.run(self.pass_time(30))
+        self.runner.run(self.pass_time(6, 60))
         self.provider.tick()
         assert all(machine.state == "paused" for machine in self.own().values())
 
