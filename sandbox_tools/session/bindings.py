@@ -145,7 +145,6 @@ class Bindings(Notes):
         """Keep the sandbox from being paused until `until`; its idle period is over.
 
         `ahead`: it is only woken, for a tool call that may come.
-
         Returns:
             Its binding. None: it is in a transition or gone; look again.
         """

@@ -6,7 +6,7 @@ import asyncio
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from sandbox_tools.errors import RequestTimeoutError, SandboxError, SandboxExpiredError, ServerError
 from sandbox_tools.policy.adaptive import AdaptivePause
@@ -23,6 +23,7 @@ EXPIRY = 60.0
 
 processes = st.integers(0, 1)
 threads = st.sampled_from(["a", "b"])
+which = st.integers(0, 7)
 policies = st.sampled_from([PauseAfter(30), PauseAfter(0), FreezeFirst(30), AdaptivePause()])
 
 FAILURES = [
@@ -37,6 +38,20 @@ FAILURES = [
     ("list", ServerError("broken"), False),
     ("info", ServerError("broken"), False),
 ]
+
+
+class Inline(MemoryBindings):
+    """Without a thread between a call and its outcome: the same choices lead to the same course of events."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        transact = self._database._transact
+
+        async def at_once(work):
+            await asyncio.sleep(0)
+            return transact(work)
+
+        self._transact = self._database.transact = at_once
 
 
 class AnyOrder(RuleBasedStateMachine):
@@ -54,7 +69,7 @@ class AnyOrder(RuleBasedStateMachine):
         ]
         self.others = {machine.id: machine for machine in others}
         self.provider.machines.update(self.others)
-        self.bindings = MemoryBindings()
+        self.bindings = Inline()
         self.registries: list[Sessions] = []
         self.leases: list[tuple[int, object, object]] = []
         self.turns: list[tuple[int, str, str]] = []
@@ -100,12 +115,11 @@ class AnyOrder(RuleBasedStateMachine):
         self.turns.append((process, thread, str(self.count)))
         self.runner.run(self.session(process, thread).turn_started(str(self.count)))
 
-    @precondition(lambda self: self.turns)
-    @rule(data=st.data())
-    def turn_ends(self, data):
-        turn = data.draw(st.sampled_from(self.turns))
-        self.turns.remove(turn)
-        process, thread, run = turn
+    @rule(which=which)
+    def turn_ends(self, which):
+        if not self.turns:
+            return
+        process, thread, run = self.turns.pop(which % len(self.turns))
         self.runner.run(self.passing_time(self.session(process, thread).turn_ended(run)))
 
     @rule(process=processes, thread=threads, seconds=st.sampled_from([0, 3, 31, 50]))
@@ -135,12 +149,11 @@ class AnyOrder(RuleBasedStateMachine):
         self.remember(sandbox, "start")
         self.leases.append((process, lease, sandbox))
 
-    @precondition(lambda self: self.leases)
-    @rule(data=st.data(), background=st.booleans())
-    def tool_ends(self, data, background):
-        held = data.draw(st.sampled_from(self.leases))
-        self.leases.remove(held)
-        _process, lease, sandbox = held
+    @rule(which=which, background=st.booleans())
+    def tool_ends(self, which, background):
+        if not self.leases:
+            return
+        _process, lease, sandbox = self.leases.pop(which % len(self.leases))
         if sandbox.id not in self.lost:
             self.remember(sandbox, "end")
             if background:
@@ -167,29 +180,30 @@ class AnyOrder(RuleBasedStateMachine):
         self.attempt(self.session(process, thread).new())
         self.made[thread] += 1
 
-    @rule(data=st.data(), process=processes, thread=threads)
-    def what_sleeps_is_reached_again(self, data, process, thread):
+    @rule(which=which, process=processes, thread=threads)
+    def what_sleeps_is_reached_again(self, which, process, thread):
         asleep = sorted(id for id, machine in self.own().items() if machine.state == "paused")
         if not asleep or self.provider.failing():
             return
-        machine = self.provider.machines[data.draw(st.sampled_from(asleep))]
+        machine = self.provider.machines[asleep[which % len(asleep)]]
         session = self.session(process, thread)
         assert self.runner.run(self.passing_time(session.resume(machine.metadata[HANDLE])))
         lease = session.lease()
         sandbox = self.runner.run(self.passing_time(lease.__aenter__()))
         assert sandbox.id == machine.id
+        self.made[thread] += 1  # it leaves the one it had, and may lose this one
         self.remember(sandbox, "again")
         self.runner.run(lease.__aexit__(None, None, None))
 
-    @rule(data=st.data())
-    def commands_end(self, data):
+    @rule()
+    def commands_end(self):
         for machine in self.own().values():
             machine.commands.clear()
 
-    @precondition(lambda self: not self.provider.failing())
     @rule(failure=st.sampled_from(FAILURES))
     def the_provider_is_about_to_fail(self, failure):
         verb, error, after = failure
+        self.provider.failures.clear()
         self.provider.fail(verb, error, after=after)
         self.doubtful_until = float("inf")
 
@@ -199,10 +213,10 @@ class AnyOrder(RuleBasedStateMachine):
         self.provider.failures.clear()
         self.doubtful_until = self.clock.time() + 31
 
-    @rule(data=st.data())
-    def a_sandbox_is_lost(self, data):
+    @rule(which=which)
+    def a_sandbox_is_lost(self, which):
         if own := sorted(self.own()):
-            gone = data.draw(st.sampled_from(own))
+            gone = own[which % len(own)]
             self.lost.add(gone)
             del self.provider.machines[gone]
 
@@ -248,10 +262,10 @@ class AnyOrder(RuleBasedStateMachine):
         self.runner.run(die())
         self.doubtful_until = max(self.doubtful_until, self.clock.time() + EXPIRY + 10)
 
-    @precondition(lambda self: not self.leases and not self.turns)
     @rule()
     def past_the_decided_time_one_sweep_pauses(self):
         """That is ours to do: the server's timer, which is the net, comes later."""
+        self.all_that_is_open_ends()
         if self.clock.time() < max(self.doubtful_until, self.held_until):
             return
         for machine in self.own().values():
@@ -268,10 +282,16 @@ class AnyOrder(RuleBasedStateMachine):
         self.runner.run(one_sweep())
         assert {machine.state for machine in self.own().values()} <= {"paused"}
 
-    @precondition(lambda self: not self.leases and not self.turns)
+    def all_that_is_open_ends(self):
+        while self.leases:
+            self.tool_ends(0, False)
+        while self.turns:
+            self.turn_ends(0)
+
     @rule()
     def all_sleep_in_the_end(self):
         """By us or, after a crash or failures, by the server's timer."""
+        self.all_that_is_open_ends()
         for machine in self.own().values():
             machine.commands.clear()
         self.runner.run(self.pass_time(6, 60))
