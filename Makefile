@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS := --constraint constraints.txt
 
-.PHONY: demo chat test bench lint setup clean
+.PHONY: demo chat test soak bench lint setup postgres clean
 
 demo: setup  ## A conversation whose sandbox sleeps between two processes
 	@$(BIN)/python examples/conversation.py
@@ -13,8 +13,11 @@ demo: setup  ## A conversation whose sandbox sleeps between two processes
 chat: setup  ## The same with a real chat model, where the environment has a key for one
 	@$(BIN)/python examples/chat.py
 
-test: setup  ## All tests, against the real engine; ARGS='-k name' passes options to pytest
+test: setup postgres  ## All tests, against the real engine; ARGS='-k name' passes options to pytest
 	@$(BIN)/python -m pytest --cov --cov-report=term $(ARGS); code=$$?; echo $$code >$(VENV)/pytest-exit-code; exit $$code
+
+soak: setup postgres  ## The tests that take minutes
+	@$(BIN)/python -m pytest -m soak $(ARGS)
 
 bench: setup  ## Times beside bare runsc, a bare host, bare httpx and the vendor's client
 	@$(BIN)/python -m benchmarks.engine
@@ -28,6 +31,17 @@ lint: $(VENV)/packages
 
 setup: $(VENV)/packages
 	@$(BIN)/sandbox-tools setup
+
+# Bindings that many hosts share are tested against a real server, which the tests start and stop by themselves.
+postgres:
+	@if ! ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1; then \
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+			echo 'Installing Postgres for the tests ...'; \
+			apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq -y install postgresql >/dev/null; \
+		else \
+			echo 'Postgres is not installed, so its tests are skipped. Install it: apt-get install postgresql'; \
+		fi; \
+	fi
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage*

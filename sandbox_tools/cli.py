@@ -85,6 +85,19 @@ def _parser() -> argparse.ArgumentParser:
         help="exit after so long without a running sandbox or a request; paused ones lie on disk (default: never)",
     )
     serve.add_argument("--memory-mb", type=int, default=2048, metavar="MB", help="memory of a sandbox (default: 2048)")
+
+    savings = add("savings", _savings, "Tell what sandboxes have cost, and what pausing them has saved.")
+    savings.add_argument(
+        "--by", choices=("all", "owner", "thread", "sandbox"), default="owner", help="(default: owner)"
+    )
+    savings.add_argument("--owner", metavar="NAME", help="only this one's sandboxes")
+    savings.add_argument(
+        "--bindings",
+        metavar="PLACE",
+        help="a file, or postgresql://...: where the sessions keep theirs (default: the configured provider's file)",
+    )
+    savings.add_argument("--json", action="store_true", help="print seconds, dollars and counts as JSON")
+    savings.add_argument("--png", type=Path, metavar="FILE", help="draw it as well")
     return parser
 
 
@@ -104,6 +117,28 @@ def _local_extra() -> Iterator[None]:
 
         msg = f"The local engine needs the package {error.name!r}. Install it: pip install 'sandbox-tools[local]'"
         raise ConfigError(msg) from error
+
+
+def _savings(arguments: argparse.Namespace) -> int:
+    from sandbox_tools.savings import as_json, plot, read, table
+
+    place = arguments.bindings
+    if place is None:
+        from sandbox_tools.client import Client
+        from sandbox_tools.session.sessions import default_bindings
+
+        place = _state(arguments) / default_bindings(Client()).name
+    rows = asyncio.run(read(place, by=arguments.by, owner=arguments.owner))
+    if arguments.json:
+        print(json.dumps(as_json(rows), indent=1))
+    else:
+        with _local_extra():
+            from rich.console import Console
+
+            Console().print(table(rows))
+    if arguments.png:
+        plot(rows, arguments.png)
+    return 0
 
 
 def _setup(arguments: argparse.Namespace) -> int:

@@ -86,7 +86,7 @@ class Sessions:
 
             client = self._owned_client = Client()
         if bindings is None:
-            bindings = self._owned_bindings = SqliteBindings(_default_bindings(client))
+            bindings = self._owned_bindings = SqliteBindings(default_bindings(client))
         self.clock = clock or SystemClock()
         self.bindings = bindings
         self.client = client
@@ -237,7 +237,7 @@ class Sessions:
             await self.holds.prolong(handle)
 
 
-def _default_bindings(client: Client) -> Path:
+def default_bindings(client: Client) -> Path:
     """One file for each control plane: a sandbox of one is no lost sandbox of the other."""
     name = "sessions"
     if client.address.url_named or client.dialect.default_domain is not None:
