@@ -19,10 +19,11 @@ test: setup postgres  ## All tests, against the real engine; ARGS='-k name' pass
 soak: setup postgres  ## The tests that take minutes
 	@$(BIN)/python -m pytest -m soak $(ARGS)
 
-bench: setup  ## Times beside bare runsc, a bare host, bare httpx and the vendor's client
+bench: setup  ## Times beside bare runsc, a bare host, bare httpx and the vendor's client; TRACES=DIR adds the pause policies
 	@$(BIN)/python -m benchmarks.engine
 	@$(BIN)/python -m benchmarks.traffic
 	@$(BIN)/python -m benchmarks.client
+	@if [ -n '$(TRACES)' ]; then $(BIN)/python -m benchmarks.pause --traces '$(TRACES)'; fi
 
 lint: $(VENV)/packages
 	@$(BIN)/ruff check .

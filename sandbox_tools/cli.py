@@ -1,4 +1,4 @@
-"""The command line: parses, calls, prints; what it does lives in the engine."""
+"""The command line: parses, calls, prints; what it does lives in the engine, the bindings and the policy."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Any
 
 from sandbox_tools.errors import ConfigError, SandboxError
 from sandbox_tools.paths import state_directory, templates_directory
+from sandbox_tools.policy.savings import SUMMED, Ledger
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,18 +87,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add_argument("--memory-mb", type=int, default=2048, metavar="MB", help="memory of a sandbox (default: 2048)")
 
-    savings = add("savings", _savings, "Tell what sandboxes have cost, and what pausing them has saved.")
-    savings.add_argument(
-        "--by", choices=("all", "owner", "thread", "sandbox"), default="owner", help="(default: owner)"
-    )
-    savings.add_argument("--owner", metavar="NAME", help="only this one's sandboxes")
+    savings = add("savings", _savings, "Show what sandboxes cost, and what they would have without pauses.")
     savings.add_argument(
         "--bindings",
+        action="append",
         metavar="PLACE",
-        help="a file, or postgresql://...: where the sessions keep theirs (default: the configured provider's file)",
+        help="an SQLite file or a postgresql:// address; may be repeated (default: all files in the state directory)",
     )
-    savings.add_argument("--json", action="store_true", help="print seconds, dollars and counts as JSON")
-    savings.add_argument("--png", type=Path, metavar="FILE", help="draw it as well")
+    savings.add_argument("--owner", help="only of this one")
+    savings.add_argument("--by", choices=("sandbox", "thread", "owner"), default="owner", help="(default: owner)")
+    savings.add_argument("--png", type=Path, metavar="FILE", help="draw a plot here (needs the extra `plot`)")
+    savings.add_argument("--json", action="store_true", help="print seconds and dollars as JSON")
     return parser
 
 
@@ -115,30 +115,8 @@ def _local_extra() -> Iterator[None]:
         if (error.name or "").startswith("sandbox_tools"):
             raise
 
-        msg = f"The local engine needs the package {error.name!r}. Install it: pip install 'sandbox-tools[local]'"
+        msg = f"This command needs the package {error.name!r}. Install it: pip install 'sandbox-tools[local]'"
         raise ConfigError(msg) from error
-
-
-def _savings(arguments: argparse.Namespace) -> int:
-    from sandbox_tools.savings import as_json, plot, read, table
-
-    place = arguments.bindings
-    if place is None:
-        from sandbox_tools.client import Client
-        from sandbox_tools.session.sessions import default_bindings
-
-        place = _state(arguments) / default_bindings(Client()).name
-    rows = asyncio.run(read(place, by=arguments.by, owner=arguments.owner))
-    if arguments.json:
-        print(json.dumps(as_json(rows), indent=1))
-    else:
-        with _local_extra():
-            from rich.console import Console
-
-            Console().print(table(rows))
-    if arguments.png:
-        plot(rows, arguments.png)
-    return 0
 
 
 def _setup(arguments: argparse.Namespace) -> int:
@@ -201,6 +179,52 @@ def _serve(arguments: argparse.Namespace) -> int:
         idle_exit=arguments.idle_exit,
         memory_mb=arguments.memory_mb,
     )
+
+
+def _savings(arguments: argparse.Namespace) -> int:
+    from sandbox_tools.policy import report
+    from sandbox_tools.policy.savings import grouped
+
+    state = _state(arguments)
+    places = arguments.bindings or sorted(map(str, state.glob("sessions*.db")))
+    ledger = asyncio.run(_accounts(places, arguments.owner))
+    if not ledger:
+        words = f"of the owner {arguments.owner!r} " if arguments.owner else ""
+        msg = f"No sandbox {words}is on record in {', '.join(places) or str(state)}."
+        raise ConfigError(msg, op="savings")
+
+    groups = grouped(ledger, arguments.by, time.time())
+    if arguments.json:
+        keys = ("owner", "thread", "sandbox")
+        rows = [
+            dict(zip(keys, group, strict=False)) | {name: getattr(account, name) for name in SUMMED}
+            for group, account in sorted(groups.items())
+        ]
+        print(json.dumps(rows, indent=2))
+    else:
+        with _local_extra():
+            from rich.console import Console
+        Console().print(report.table(groups))
+    if arguments.png:
+        report.draw(groups, arguments.png)
+    return 0
+
+
+async def _accounts(places: Sequence[str], owner: str | None) -> Ledger:
+    from sandbox_tools.session.bindings import Bindings, PostgresBindings, SqliteBindings
+
+    found: Ledger = []
+    for place in places:
+        postgres = place.startswith(("postgres://", "postgresql://"))
+        if not postgres and not Path(place).is_file():
+            msg = f"There is no file {place!r}. Name one that `SqliteBindings` has written."
+            raise ConfigError(msg, op="savings")
+        bindings: Bindings = PostgresBindings(place, connections=1) if postgres else SqliteBindings(place)
+        try:
+            found += await bindings.accounts(owner)
+        finally:
+            await bindings.aclose()
+    return found
 
 
 Stage = Callable[[str], Callable[[str, float], None]]

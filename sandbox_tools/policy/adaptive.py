@@ -28,7 +28,12 @@ class AdaptivePause:
 
     After an idle period the cost of every threshold is known, played or not. The one that would have cost least is
     played, while it has not lost more against `BreakEven` than a budget: so it never costs more in all than 1.25 times
-    that, and 20 pauses (after Purohit, Svitkina and Kumar, "Improving online algorithms via ML predictions", 2018).
+    that, 20 pauses, and one period of each sandbox that is idle just then (after Purohit, Svitkina and Kumar,
+    "Improving online algorithms via ML predictions", 2018).
+
+    Above about 2.5 GiB on a cloud, where a pause takes 4 s for each GiB and makes whoever comes meanwhile wait for it,
+    that waiting is dearer than all else: it then learns long thresholds by itself. Give a fixed one (`PauseAfter`) of
+    ten minutes or more there if few periods are to be expected, or keep such sandboxes smaller.
 
     Args:
         min_idle: Seconds before which nothing is paused, so that an automatic continuation finds it awake.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import Literal
 
 State = Literal["running", "frozen", "paused", "killed", "lost"]
@@ -15,6 +16,9 @@ TIMER = 300.0
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
     """What one sandbox does from now on.
+
+    A use of a sandbox that runs already is one too where it follows more than `TIMER` idle seconds: without it the
+    timer is taken to have run through them.
 
     Attributes:
         at: Now, in seconds since the epoch.
@@ -39,10 +43,13 @@ class Account:
 
     Attributes:
         state: What it does since `since`. Empty: nothing is known yet, or it is a sum.
+        rate, running_rate: Dollars a second for what it does, and for running.
+        idle_since: When the idle period began in which it was frozen or paused, in seconds since the epoch.
         waited: Seconds that its user waited for it and saw.
         spent: Dollars, by the provider's prices.
         always_on: Dollars it would have cost had it never been frozen or paused.
-        timer: Dollars it would have cost had it been paused after five idle minutes each time.
+        timer: Dollars it would have cost had it been paused after five idle minutes each time, for no more than that:
+            the timer's pauses and resumes themselves count as free.
     """
 
     state: str = ""
@@ -60,55 +67,73 @@ class Account:
     always_on: float = 0.0
     timer: float = 0.0
 
+    @property
+    def asleep(self) -> bool:
+        """Whether nobody can be using it."""
+        return self.state in ("frozen", "paused")
+
     def after(self, change: Change) -> Account:
         """With what it did until that change."""
-        now = self.until(change.at)
-        asleep = {"frozen", "paused"}
-        # An idle period is priced as a whole when it is over: until then a timer is taken to run on.
-        begins = change.state in asleep and self.state not in asleep
-        idle_since = min(change.idle_since, change.at) if begins else self.idle_since
-        return Account(
+        # When this change ends a time of running, it tells which part of that was idle.
+        known = self.asleep or change.idle_since >= self.since
+        idle_since = self.idle_since if self.asleep else min(change.idle_since, change.at)
+        now = self._with(change.at, idle_since if known else math.inf)
+        return replace(
+            now,
             state=change.state,
-            since=change.at,
             rate={"running": change.running, "frozen": change.frozen}.get(change.state, 0.0),
             running_rate=change.running,
             idle_since=idle_since,
-            running=now.running,
-            frozen=now.frozen,
-            paused=now.paused,
-            pauses=now.pauses + (change.state == "paused" and self.state != "paused"),
+            pauses=now.pauses + (change.state == "paused" != self.state),
             resumes=now.resumes + (change.state == "running" and self.state == "paused"),
             waited=now.waited + change.waited,
-            spent=now.spent,
-            always_on=now.always_on,
-            timer=now.timer,
         )
 
     def until(self, at: float) -> Account:
-        """With what it has gone on doing until then, in seconds since the epoch."""
-        seconds = max(0.0, at - self.since)
+        """With what it has gone on doing until then, in seconds since the epoch; one that runs is taken to be used."""
+        return self._with(at, self.idle_since if self.asleep else math.inf)
+
+    def _with(self, at: float, idle_since: float) -> Account:
         if self.state not in ("running", "frozen", "paused"):
-            return self
-        timed = seconds
-        if self.state != "running":
-            # What of this falls into the timer's five minutes, counted from the beginning of the idle period.
-            end = self.idle_since + TIMER
-            timed = max(0.0, min(at, end) - min(self.since, end))
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        values[self.state] += seconds
-        values["spent"] += seconds * self.rate
-        values["always_on"] += seconds * self.running_rate
-        values["timer"] += timed * self.running_rate
-        return Account(**values | {"since": max(at, self.since)})
+            return replace(self, since=max(at, self.since))
+
+        seconds = max(0.0, at - self.since)
+        timed = min(seconds, max(0.0, idle_since + TIMER - self.since))
+        return replace(
+            self,
+            since=self.since + seconds,
+            running=self.running + (seconds if self.state == "running" else 0.0),
+            frozen=self.frozen + (seconds if self.state == "frozen" else 0.0),
+            paused=self.paused + (seconds if self.state == "paused" else 0.0),
+            spent=self.spent + seconds * self.rate,
+            always_on=self.always_on + seconds * self.running_rate,
+            timer=self.timer + timed * self.running_rate,
+        )
+
+    def __add__(self, other: Account) -> Account:
+        """Both together, which as a sum does nothing any more."""
+        return Account(**{name: getattr(self, name) + getattr(other, name) for name in SUMMED})
 
 
 SUMMED = ("running", "frozen", "paused", "pauses", "resumes", "waited", "spent", "always_on", "timer")
+"""What adds up over sandboxes."""
 
 
 def total(accounts: Iterable[Account]) -> Account:
     """All together."""
-    sums: dict[str, float] = dict.fromkeys(SUMMED, 0)
-    for account in accounts:
-        for name in SUMMED:
-            sums[name] += getattr(account, name)
-    return Account(**sums)  # type: ignore[arg-type]
+    return sum(accounts, start=Account())
+
+
+Ledger = list[tuple[str, str, str, Account]]
+"""The handle, owner, thread and account of each sandbox, as `Bindings.accounts` gives them."""
+
+By = Literal["sandbox", "thread", "owner"]
+
+
+def grouped(ledger: Ledger, by: By, at: float) -> dict[tuple[str, ...], Account]:
+    """The accounts until `at`, in seconds since the epoch: by owner, by owner and thread, or also by handle."""
+    groups: dict[tuple[str, ...], Account] = {}
+    for handle, owner, thread, account in ledger:
+        group = (owner, thread, handle)[: {"owner": 1, "thread": 2, "sandbox": 3}[by]]
+        groups[group] = groups.get(group, Account()) + account.until(at)
+    return groups

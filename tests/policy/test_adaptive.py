@@ -145,6 +145,12 @@ def test_a_turn_without_a_tool_never_needed_its_sandbox() -> None:
         assert at_once == pytest.approx(EARLY.running * (EARLY.pause_seconds + EARLY.resume_seconds))
 
 
+def test_what_comes_after_the_horizon_teaches_nothing_however_late_it_is_learned() -> None:
+    policy = AdaptivePause()
+    late, never = (policy.learn(Period(gap=gap), BLOCKING) for gap in (reach(BLOCKING) + 60, math.inf))
+    assert late.costs == never.costs
+
+
 def test_an_idle_period_that_is_asked_about_again_is_evidence_once() -> None:
     learner = Learner(AdaptivePause())
     learner.turn_ended("s", idle(began=0))
