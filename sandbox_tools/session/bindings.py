@@ -220,7 +220,7 @@ class Bindings(Notes):
         """The handles of what nobody uses and that should have been paused by then, as the process that was to is gone.
 
         One that died with a lease in hand had asked no policy yet: then it is what was not used since `before`. What is
-        held for a command counts as in use until the command is due to be asked after again (`defer`).
+        held for a command counts as in use until the command is due to be asked after again.
         """
         statement = f"""
             SELECT handle FROM sandboxes
@@ -234,11 +234,6 @@ class Bindings(Notes):
             ORDER BY coalesce(due_at, idle_since) LIMIT {TAKEN_OVER}"""
         rows = await self._transact(lambda db: db.rows(statement, before=before, now=now))
         return [row["handle"] for row in rows]
-
-    async def defer(self, handle: str, due_at: float, awake_until: float) -> None:
-        """Note when what holds the sandbox is looked at again, and how long the server's timer lets it run."""
-        statement = "UPDATE sandboxes SET due_at = :due_at, awake_until = :until WHERE handle = :handle"
-        await self._transact(lambda db: db.run(statement, due_at=due_at, until=awake_until, handle=handle))
 
     # Transitions.
 

@@ -16,6 +16,9 @@ log = logging.getLogger("sandbox_tools.session")
 POLL = 30.0
 """Seconds between two looks at the commands that keep a sandbox awake."""
 
+SOON = 1.0
+"""Seconds until another look at what another process is changing just now."""
+
 AFTER = 15
 """Seconds for which the server's timer outlasts a hold, so that the policy has its say first."""
 
@@ -43,19 +46,32 @@ class Holds:
         again = min([now + POLL, *(hold.until for hold in holds)] if _commands(holds) else [_last(holds)])
         # A command is asked after again long before its time is over; if nobody lives to do so, it has some minutes.
         seconds = AWAKE if _commands(holds) else max(AWAKE, math.ceil(_last(holds) - now) + AFTER)
-        await self.prolong(handle, seconds)
-        await self._bindings.defer(handle, again, now + seconds)
+        # In a transition, or one that has just been planning the idle period would move the timer back.
+        async with self._transitions.exclusive(handle, unless="nothing") as held:
+            if held is None:
+                return now + SOON
+            if held.sandbox_id is None or held.state == "paused":
+                return None
+            if held.state == "frozen":
+                await self._transitions.client.connect(held.sandbox_id, timeout=AWAKE)
+            elif held.awake_until - now > seconds / 2:
+                await self._transitions.leave(held, due_at=again)
+                return again
+            await self._transitions.arm(held, seconds, due_at=again)
         return again
 
     async def prolong(self, handle: str, seconds: int = AWAKE) -> None:
         """Renew the server's timer of one that is in use, if less than half of that time is left."""
-        now, awake = self._clock.time(), self._transitions.awake.get(handle)
-        if awake is None or awake.until - now > seconds / 2:
+        # As it stands in the row: another process may have set it since.
+        now, held = self._clock.time(), await self._bindings.get(handle)
+        if held is None or held.sandbox_id is None or held.state == "paused" or held.awake_until - now > seconds / 2:
             return
         try:
-            awake.until = now + await self._transitions.set_timeout(awake.sandbox.id, seconds)
+            seconds = await self._transitions.set_timeout(held.sandbox_id, seconds)
         except SandboxError as error:
             log.warning("could not prolong %s, which is in use: %s", handle, error)
+        else:
+            await self._bindings.note(held, state=held.state, awake_until=now + seconds)
 
     async def _running(self, handle: str) -> set[int]:
         """The process ids of the commands that run in it; none where it is asleep or gone."""

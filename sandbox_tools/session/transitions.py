@@ -58,7 +58,6 @@ class Awake:
 
     sandbox: Sandbox
     seen_at: float
-    until: float
     planted: float = 0.0
 
 
@@ -254,8 +253,6 @@ class Transitions:
             # Not even a 404 means lost: a paused sandbox answers it too. The next lease finds out.
             log.warning("could not set the timeout of %s: %s", held.handle, error)
             state = "unknown"
-        if awake := self.awake.get(held.handle):
-            awake.until = self.clock.time() + seconds
         await self.bindings.end_transition(
             held,
             state=state,
@@ -269,10 +266,14 @@ class Transitions:
         """Whether the provider can pause without memory."""
         return "pause(memory=False)" not in self.client.dialect.lacks
 
-    async def leave(self, held: Binding) -> None:
-        """Leave it to the server's own timer as that is; nobody will look at it before its next use."""
+    async def leave(self, held: Binding, *, due_at: float = math.inf) -> None:
+        """Leave it to the server's own timer as that is.
+
+        Args:
+            due_at: When it is looked at again; inf: not before its next use.
+        """
         await self.bindings.end_transition(
-            held, state=held.state, sandbox_id=held.sandbox_id, awake_until=held.awake_until, due_at=math.inf
+            held, state=held.state, sandbox_id=held.sandbox_id, awake_until=held.awake_until, due_at=due_at
         )
 
     async def set_timeout(self, sandbox_id: str, seconds: int) -> int:
@@ -375,9 +376,8 @@ class Transitions:
                 log.warning("the sandbox %s is gone, and its state with it", held.handle)
 
     def saw(self, handle: str, sandbox: Sandbox) -> None:
-        """It runs, and has all of `AWAKE` before it."""
-        now = self.clock.time()
-        self.awake[handle] = Awake(sandbox=sandbox, seen_at=now, until=now + AWAKE)
+        """It runs now."""
+        self.awake[handle] = Awake(sandbox=sandbox, seen_at=self.clock.time())
 
     @contextlib.asynccontextmanager
     async def _transition(self, handle: str, *, unless: Unless) -> AsyncIterator[Binding | None]:

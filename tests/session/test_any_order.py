@@ -302,7 +302,7 @@ class AnyOrder(RuleBasedStateMachine):
         """By us or, after a crash or failures, by the server's timer."""
         self.all_that_is_open_ends()
         self.commands_end()
-        self.runner.run(self.pass_time(6, 60))
+        self.runner.run(self.pass_time(6, 700))
         self.provider.tick()
         assert all(machine.state == "paused" for machine in self.own().values())
 
