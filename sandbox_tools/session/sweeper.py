@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 from dataclasses import dataclass
@@ -84,8 +85,8 @@ class Sweeper:
     async def take_over(self) -> None:
         """Decide on what other processes should have paused and have not, because they are dead or stuck."""
         now = self._clock.time()
-        for handle in await self._bindings.list_idle(now - LATE, now):
-            await self.settle(handle)
+        left = await self._bindings.list_idle(now - LATE, now)
+        await asyncio.gather(*(self.settle(handle) for handle in left))
 
     async def _settle(self, handle: str, closing: bool) -> float | None:
         """When to ask again, in seconds since the epoch. None: when it has been used again."""

@@ -150,4 +150,4 @@ def test_workers_killed_at_random_lose_nothing(store, request, tmp_path):
 @pytest.mark.soak
 @pytest.mark.parametrize("store", ["file", "postgres"])
 def test_workers_killed_at_random_for_five_minutes_lose_nothing(store, request, tmp_path):
-    go(store, request, tmp_path, Size(threads=200, workers=4, at_once=4, seconds=300, every=5))
+    go(store, request, tmp_path, Size(threads=200, workers=4, at_once=2, seconds=300, every=5))
