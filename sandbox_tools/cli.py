@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         "--bindings",
         action="append",
         metavar="PLACE",
-        help="an SQLite file or a postgresql:// address; may be repeated (default: all files in the state directory)",
+        help="an SQLite file, or postgresql://...; may be repeated (default: all files in the state directory)",
     )
     savings.add_argument("--owner", help="only of this one")
     savings.add_argument("--by", choices=("sandbox", "thread", "owner"), default="owner", help="(default: owner)")
@@ -197,7 +197,9 @@ def _savings(arguments: argparse.Namespace) -> int:
     if arguments.json:
         keys = ("owner", "thread", "sandbox")
         rows = [
-            dict(zip(keys, group, strict=False)) | {name: getattr(account, name) for name in SUMMED}
+            dict(zip(keys, group, strict=False))
+            | {name: getattr(account, name) for name in SUMMED}
+            | {f"saved_against_{name}": getattr(account, name) - account.spent for name in ("timer", "always_on")}
             for group, account in sorted(groups.items())
         ]
         print(json.dumps(rows, indent=2))
@@ -215,7 +217,7 @@ async def _accounts(places: Sequence[str], owner: str | None) -> Ledger:
 
     found: Ledger = []
     for place in places:
-        postgres = place.startswith(("postgres://", "postgresql://"))
+        postgres = place.startswith(("postgres://", "postgresql://")) or "dbname=" in place
         if not postgres and not Path(place).is_file():
             msg = f"There is no file {place!r}. Name one that `SqliteBindings` has written."
             raise ConfigError(msg, op="savings")

@@ -53,6 +53,11 @@ def test_idle_time_before_a_late_pause_counts_for_the_timer_no_longer_than_the_t
     assert account.timer == pytest.approx((100 + TIMER) * RATE)
 
 
+def test_an_idle_period_shorter_than_the_timer_costs_it_all_of_it() -> None:
+    account = after(change(0, "running"), change(10, "paused", idle_since=5), change(100, "running"))
+    assert account.timer == account.always_on == pytest.approx(100 * RATE)
+
+
 def test_a_use_after_a_long_idle_time_in_which_it_ran_tells_what_the_timer_would_have_done() -> None:
     account = after(change(0, "running"), change(1000, "running", idle_since=100)).until(1010)
     assert account.running == 1010

@@ -57,6 +57,7 @@ def test_one_file_one_owner_each_sandbox_as_json_and_a_plot(state: Path) -> None
     assert [(row["running"], row["paused"], row["pauses"]) for row in rows] == [(100, 900, 1)] * 2
     assert rows[0]["spent"] == pytest.approx(100 * 3e-5)
     assert rows[0]["timer"] == pytest.approx((90 + 300) * 3e-5)
+    assert rows[0]["saved_against_timer"] == pytest.approx(290 * 3e-5)
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
