@@ -11,9 +11,10 @@ from sandbox_tools.errors import SandboxBusyError, SandboxError
 from sandbox_tools.models import SandboxInfo
 from sandbox_tools.session.bindings import Bindings
 from sandbox_tools.session.clock import Clock
+from sandbox_tools.session.rest import AWAKE
 from sandbox_tools.session.rows import Binding
 from sandbox_tools.session.stamps import HANDLE, OWNER
-from sandbox_tools.session.transitions import AWAKE, Transitions
+from sandbox_tools.session.transitions import Transitions
 
 log = logging.getLogger("sandbox_tools.session")
 

@@ -94,6 +94,8 @@ class Sweeper:
         if (again := await self._holds.look(handle)) is not None:
             return again
         async with self._transitions.exclusive(handle, unless="used") as held:
+            if held is not None and held.state == "creating":
+                return self._clock.time() if await self._transitions.find_created(held) else None
             if held is None or held.sandbox_id is None or held.state == "paused":
                 return None
             now, plan = self._clock.time(), await self._planned(held)
