@@ -138,6 +138,7 @@ class Keeper:
             info = await self._transitions.client.info(held.sandbox_id)
             if info.state == "paused" and self._row(info, held, None).expiring:
                 log.info("waking and pausing %s, which the provider would delete soon", handle)
+                await self._bindings.write(held, state="unknown", sandbox_id=held.sandbox_id)
                 await self._transitions.client.connect(held.sandbox_id, timeout=AWAKE)
                 await self._transitions.put_to_sleep(held)
 

@@ -151,6 +151,9 @@ class Transitions(Rest):
         assert held.sandbox_id is not None
         try:
             await self.stamps.check(held)
+            if held.state == "paused":
+                # If this process dies before it can say that it runs, others look after it.
+                await self.bindings.note(held, state="unknown", awake_until=now + AWAKE)
             sandbox = await self.client.connect(held.sandbox_id, timeout=AWAKE)
         except GONE:
             async with self._transition(held.handle, unless="nothing") as gone:
