@@ -219,12 +219,13 @@ class Bindings(Notes):
     async def list_idle(self, before: float, now: float) -> list[str]:
         """The handles of what nobody uses and that should have been paused by then, as the process that was to is gone.
 
-        One that died with a lease in hand had asked no policy yet: then it is what was not used since `before`. What is
-        held for a command counts as in use until the command is due to be asked after again.
+        One that died with a lease in hand had asked no policy yet: then it is what was not used since `before`. One
+        that died in a create may have left what only a stamp tells of. What a command holds counts as in use until
+        it is due to be asked after again.
         """
         statement = f"""
             SELECT handle FROM sandboxes
-            WHERE sandbox_id IS NOT NULL AND state IN ('running', 'frozen', 'unknown')
+            WHERE state IN ('creating', 'running', 'frozen', 'unknown')
             AND (holder IS NULL OR held_until <= :now) AND coalesce(due_at, idle_since) <= :before
             AND NOT EXISTS (
                 SELECT 1 FROM uses WHERE uses.handle = sandboxes.handle AND uses.until > :now AND uses.pid IS NULL)

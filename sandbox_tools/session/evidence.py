@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -69,7 +70,8 @@ class Evidence:
 
     async def plan(self, held: Binding) -> Plan:
         """What to do in the idle period that has begun; it is evidence from now on."""
-        terms = await self._terms(held)
+        await self._look(held)
+        terms = self._terms()
         pool, own = await self._bindings.tallies(held.owner, terms.key)
         plan = self._policy.plan(Idle(owner=held.owner, began=held.idle_since, terms=terms), pool, own)
         if self._policy.horizon(terms) is not None:
@@ -83,8 +85,9 @@ class Evidence:
         for key, terms in list(self._known.items()):
             horizon = self._policy.horizon(terms)
             if horizon is not None:
-                learn = partial(self._learned, terms)
-                await self._bindings.absorb(key, began_before=self._clock.time() - horizon, learn=learn)
+                now, over = self._clock.time(), partial(self._over, terms)
+                await self._bindings.price(key, now=now, learn=partial(over, self._policy.price))
+                await self._bindings.absorb(key, began_before=now - horizon, learn=partial(over, self._policy.learn))
 
     async def changed(self, held: Binding, state: State, *, waited: float = 0.0) -> None:
         """A line for the savings report: what the sandbox does from now on.
@@ -92,7 +95,7 @@ class Evidence:
         Args:
             waited: Seconds that its user has just waited for it.
         """
-        terms = await self._terms(held)
+        terms = self._terms()
         change = Change(
             at=self._clock.time(),
             state=state,
@@ -111,12 +114,14 @@ class Evidence:
         """Whether a turn that begins now is worth waking its sandbox for."""
         return self.early_resume and self._uses.get(owner, 1.0) >= RARE
 
-    async def _terms(self, held: Binding) -> Terms:
+    async def _look(self, held: Binding) -> None:
         if self._size is None and held.sandbox_id is not None:
             with contextlib.suppress(SandboxError):
                 info = await self._client.info(held.sandbox_id)
                 if info.cpu_count and info.memory_mb:
                     self._size = info.cpu_count, info.memory_mb / 1024
+
+    def _terms(self) -> Terms:
         vcpu, gib = self._size or USUAL
         dialect, price = self._client.dialect, self._price
         terms = Terms.of(
@@ -134,7 +139,7 @@ class Evidence:
         self._known[terms.key] = terms
         return terms
 
-    def _learned(self, terms: Terms, ended: Ended) -> Tally:
+    def _over(self, terms: Terms, learn: Callable[[Period, Terms], Tally], ended: Ended) -> Tally:
         gap = math.inf if ended.ended is None else max(0.0, ended.ended - ended.began)
         lead = math.inf if ended.lead is None else ended.lead
-        return self._policy.learn(Period(gap=gap, lead=lead, threshold=ended.threshold), terms)
+        return learn(Period(gap=gap, lead=lead, threshold=ended.threshold, priced=ended.priced), terms)

@@ -8,8 +8,9 @@ import math
 from sandbox_tools.errors import SandboxError, SandboxStateError
 from sandbox_tools.session.bindings import Bindings
 from sandbox_tools.session.clock import Clock
+from sandbox_tools.session.rest import AWAKE, GONE
 from sandbox_tools.session.rows import Hold
-from sandbox_tools.session.transitions import AWAKE, GONE, Transitions
+from sandbox_tools.session.transitions import Transitions
 
 log = logging.getLogger("sandbox_tools.session")
 

@@ -12,7 +12,11 @@ from sandbox_tools.policy.tally import Tally
 from sandbox_tools.session.rows import Ended
 
 if TYPE_CHECKING:
-    from sandbox_tools.session.database import Connection, Database
+    from sandbox_tools.session.database import Connection, Database, Row
+
+
+TOOLLESS = 120.0
+"""Seconds after which a turn that has called no tool is taken to call none."""
 
 
 class Notes:
@@ -48,10 +52,10 @@ class Notes:
         """
         statement = """
             DELETE FROM idles WHERE terms = :terms AND began <= :before
-            RETURNING owner, began, threshold, ended, lead"""
+            RETURNING owner, began, threshold, ended, lead, priced"""
 
         def work(db: Connection) -> int:
-            periods = [Ended(**row) for row in db.rows(statement, terms=terms, before=began_before)]
+            periods = [_ended(row) for row in db.rows(statement, terms=terms, before=began_before)]
             taught: dict[str, Tally] = {}
             for period in periods:
                 delta = learn(period)
@@ -59,6 +63,20 @@ class Notes:
                     taught[owner] = taught.get(owner, Tally()) + delta
             for owner in sorted(taught):  # In one order in all processes, so that none waits for another in a ring.
                 _add(db, terms, owner, taught[owner])
+            return len(periods)
+
+        return await self._database.transact(work)
+
+    async def price(self, terms: str, *, now: float, learn: Callable[[Ended], Tally]) -> int:
+        """Add to the pool's tally what idle periods have cost that are over, each once; how many there were."""
+        statement = """
+            UPDATE idles SET priced = 1 WHERE terms = :terms AND priced = 0 AND ended IS NOT NULL
+            AND (lead IS NOT NULL OR ended <= :late) RETURNING owner, began, threshold, ended, lead, priced"""
+
+        def work(db: Connection) -> int:
+            periods = [_ended(row) for row in db.rows(statement, terms=terms, late=now - TOOLLESS)]
+            if periods:
+                _add(db, terms, "", sum(map(learn, periods), Tally()))
             return len(periods)
 
         return await self._database.transact(work)
@@ -97,6 +115,10 @@ class Notes:
         statement = f"SELECT handle, owner, thread, account FROM accounts{where} ORDER BY owner, thread, handle"
         rows = await self._database.transact(lambda db: db.rows(statement, owner=owner))
         return [(row["handle"], row["owner"], row["thread"], Account(**json.loads(row["account"]))) for row in rows]
+
+
+def _ended(row: Row) -> Ended:
+    return Ended(**{**row, "priced": bool(row["priced"])})
 
 
 def _tally(db: Connection, terms: str, owner: str, lock: str = "") -> Tally:

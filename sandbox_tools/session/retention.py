@@ -11,9 +11,10 @@ from sandbox_tools.errors import SandboxBusyError, SandboxError
 from sandbox_tools.models import SandboxInfo
 from sandbox_tools.session.bindings import Bindings
 from sandbox_tools.session.clock import Clock
+from sandbox_tools.session.rest import AWAKE
 from sandbox_tools.session.rows import Binding
 from sandbox_tools.session.stamps import HANDLE, OWNER
-from sandbox_tools.session.transitions import AWAKE, Transitions
+from sandbox_tools.session.transitions import Transitions
 
 log = logging.getLogger("sandbox_tools.session")
 
@@ -137,6 +138,7 @@ class Keeper:
             info = await self._transitions.client.info(held.sandbox_id)
             if info.state == "paused" and self._row(info, held, None).expiring:
                 log.info("waking and pausing %s, which the provider would delete soon", handle)
+                await self._bindings.write(held, state="unknown", sandbox_id=held.sandbox_id)
                 await self._transitions.client.connect(held.sandbox_id, timeout=AWAKE)
                 await self._transitions.put_to_sleep(held)
 

@@ -69,6 +69,7 @@ class Ended:
         threshold: After how many seconds it was to be paused. None: never.
         ended: When it was used again. None: it was not.
         lead: Seconds from then to the first lease. None: there was none.
+        priced: Whether the pool knows already what it has cost.
     """
 
     owner: str
@@ -76,6 +77,7 @@ class Ended:
     threshold: float | None
     ended: float | None
     lead: float | None
+    priced: bool = False
 
 
 def new_handle() -> str:

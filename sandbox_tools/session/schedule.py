@@ -65,6 +65,10 @@ class Schedule:
         """It is not due any more."""
         self._due.pop(handle, None)
 
+    def __contains__(self, handle: str) -> bool:
+        """Whether that sandbox is due at some time."""
+        return handle in self._due
+
     async def sweep(self) -> None:
         """Do all that is due, and return when it is done."""
         await asyncio.gather(*self._due_now())

@@ -71,6 +71,7 @@ STEPS: tuple[tuple[str, ...], ...] = (
             threshold DOUBLE PRECISION,
             ended DOUBLE PRECISION,
             lead DOUBLE PRECISION,
+            priced INTEGER NOT NULL DEFAULT 0,
             PRIMARY KEY (handle, began)
         )""",
         "CREATE INDEX idles_by_terms ON idles (terms, began)",

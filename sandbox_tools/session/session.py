@@ -203,16 +203,14 @@ class Session:
 
     async def _write_turns(self) -> list[str]:
         unwritten = self._turns.unwritten(self._key)
-        for use in unwritten:
-            now = self._sessions.clock.time()
-            await self._bindings.begin_turn(
-                self.owner,
-                self.thread,
-                use=use,
-                holder=self._sessions.holder,
-                now=now,
-                until=now + self._sessions.expiry,
-            )
+        try:
+            for use in unwritten:
+                now = self._sessions.clock.time()
+                until = now + self._sessions.expiry
+                await self._bindings.begin_turn(*self._key, use=use, holder=self._sessions.holder, now=now, until=until)
+        except BaseException:
+            self._turns.put_back(self._key, unwritten)
+            raise
         return unwritten
 
     async def _wake_early(self, turns: list[str]) -> None:
@@ -232,7 +230,7 @@ class Session:
             )
         finally:
             if not self._sessions.finished:
-                self._idle(await self._bindings.end_use(use, self._sessions.clock.time()))
+                self._idle(await self._sessions.release(use))
 
     async def _open(self, use: str) -> Sandbox:
         self._turns.touch(self._key, self._sessions.clock.time())
@@ -247,17 +245,13 @@ class Session:
         if self._sessions.finished:
             return
         self._turns.touch(self._key, now)
-        if lease is not None:
-            for pid in opening.result().commands.started:
-                await self._bindings.hold(
-                    self.owner,
-                    self.thread,
-                    lease.handle,
-                    use=f"{lease.handle}/{pid}",
-                    pid=pid,
-                    until=now + COMMAND_LIMIT,
-                )
-        self._idle(await self._bindings.end_use(use, now))
+        try:
+            if lease is not None:
+                for pid in opening.result().commands.started:
+                    name, until = f"{lease.handle}/{pid}", now + COMMAND_LIMIT
+                    await self._bindings.hold(*self._key, lease.handle, use=name, pid=pid, until=until)
+        finally:
+            self._idle(await self._sessions.release(use))
 
     async def _hold(self, name: str, seconds: float) -> None:
         if not 0 <= seconds < float("inf"):
@@ -311,7 +305,7 @@ class Session:
             await self._transitions.open(self.owner, self.thread, use=use, handle=handle)
             await self._bindings.point(self.owner, self.thread, handle)
         finally:
-            self._idle(await self._bindings.end_use(use, self._sessions.clock.time()))
+            self._idle(await self._sessions.release(use))
         if before is not None and before.handle != handle:
             self._schedule(before.handle)
         return handle

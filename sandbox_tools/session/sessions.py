@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from sandbox_tools import paths
-from sandbox_tools.errors import ConfigError
+from sandbox_tools.errors import ConfigError, SandboxError
 from sandbox_tools.policy.adaptive import AdaptivePause
 from sandbox_tools.policy.pause import PausePolicy
 from sandbox_tools.session.bindings import Bindings, SqliteBindings
@@ -118,6 +118,7 @@ class Sessions:
         self.sweeper = Sweeper(self.transitions, self.holds, bindings, self.evidence, self.clock, self.schedule)
         self.loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._unended: set[str] = set()
         self._sweeping: asyncio.Task[None] | None = None
         self._closed = False
         self.finished = False
@@ -206,10 +207,22 @@ class Sessions:
         task.add_done_callback(self._tasks.discard)
         return task
 
+    async def release(self, use: str) -> str | None:
+        """End a use; where that cannot be written now, with a later beat: it would be renewed for ever else.
+
+        Returns:
+            The handle of its sandbox. None: it has none, or this is put off.
+        """
+        try:
+            return await self.bindings.end_use(use, self.clock.time())
+        except SandboxError as error:
+            log.warning("could not end a use of a sandbox, trying again soon: %s", error)
+            self._unended.add(use)
+            return None
+
     async def end_use(self, use: str) -> None:
         """End a turn or a hold, and decide on the sandbox that may be idle now."""
-        handle = await self.bindings.end_use(use, self.clock.time())
-        if handle is not None:
+        if (handle := await self.release(use)) is not None:
             await self.sweeper.settle(handle)
 
     async def _settle(self, handle: str) -> None:
@@ -220,9 +233,12 @@ class Sessions:
 
     async def _beat(self) -> None:
         """Renew what this registry holds: its uses, its transitions, and the server's timers under them."""
-        if not (self.turns or self._tasks):
+        if not (self.turns or self._tasks or self._unended):
             return
-        now = self.clock.time()
+        now, unended = self.clock.time(), self._unended
+        self._unended = set()
+        for use in unended:
+            await self.end_use(use)
         for key, use in self.turns.forgotten(now - self.turn_limit):
             said = "a turn of the thread %r has been open for %g s without a tool call: it counts as ended"
             log.warning(said, key[1], self.turn_limit)

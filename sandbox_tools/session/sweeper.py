@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 from dataclasses import dataclass
@@ -84,14 +85,17 @@ class Sweeper:
     async def take_over(self) -> None:
         """Decide on what other processes should have paused and have not, because they are dead or stuck."""
         now = self._clock.time()
-        for handle in await self._bindings.list_idle(now - LATE, now):
-            await self.settle(handle)
+        left = await self._bindings.list_idle(now - LATE, now)
+        # What is due here anyway is not left behind: it has been tried and will be again.
+        await asyncio.gather(*(self.settle(handle) for handle in left if handle not in self._schedule))
 
     async def _settle(self, handle: str, closing: bool) -> float | None:
         """When to ask again, in seconds since the epoch. None: when it has been used again."""
         if (again := await self._holds.look(handle)) is not None:
             return again
         async with self._transitions.exclusive(handle, unless="used") as held:
+            if held is not None and held.state == "creating":
+                return self._clock.time() if await self._transitions.find_created(held) else None
             if held is None or held.sandbox_id is None or held.state == "paused":
                 return None
             now, plan = self._clock.time(), await self._planned(held)

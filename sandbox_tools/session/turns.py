@@ -68,6 +68,13 @@ class Turns:
                 turns[use].written = True
         return found
 
+    def put_back(self, key: Key, uses: list[str]) -> None:
+        """These could not be told."""
+        with self.noting:
+            for use in uses:
+                if turn := self._open.get(key, {}).get(use):
+                    turn.written = False
+
     def has(self, key: Key, use: str | None = None) -> bool:
         """Whether the thread has that turn open, or any."""
         with self.noting:

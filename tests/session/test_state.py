@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 
 import pytest
@@ -224,3 +225,45 @@ async def test_what_bears_half_a_stamp_is_left_alone(process, provider, clock):
     assert await session.list_paused() == []
     await use(session)
     assert provider.machines["odd"].state == "paused"
+
+
+async def test_what_a_create_made_whose_process_died_is_found_and_paused_by_another(process, provider, clock):
+    dead, alive = process(), process(PauseAfter(10))
+    reached, _gate = provider.gate("create")
+    task = asyncio.create_task(use(dead.session("t")))
+    await reached.wait()
+    for mine in [*dead._tasks, dead._sweeping, task]:
+        mine.cancel()
+    await asyncio.wait([task])
+    del provider.gates["create"]
+    alive.on_own_loop()
+    for _ in range(20):
+        clock.advance(5)
+        await alive.sweep()
+        await quiet(alive)
+    assert states(provider) == ["paused"]
+    assert "timeout" not in provider.verbs()
+    assert await use(alive.session("t")) == ["x"]
+    assert len(provider.machines) == 1
+
+
+async def test_what_a_process_woke_and_died_before_it_could_say_so_is_paused_by_another(process, provider, clock):
+    dead, alive = process(), process(PauseAfter(10))
+    session = dead.session("t")
+    await use(session)
+    await session.pause()
+    reached, _gate = provider.gate("connect")
+    task = asyncio.create_task(use(session))
+    await reached.wait()
+    for mine in [*dead._tasks, dead._sweeping, task]:
+        mine.cancel()
+    await asyncio.wait([task])
+    del provider.gates["connect"]
+    assert states(provider) == ["running"]
+    alive.on_own_loop()
+    for _ in range(20):
+        clock.advance(5)
+        await alive.sweep()
+        await quiet(alive)
+    assert states(provider) == ["paused"]
+    assert "timeout" not in provider.verbs()

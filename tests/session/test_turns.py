@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from sandbox_tools.errors import ServerError
+from sandbox_tools.errors import ServerError, TransportError
 from sandbox_tools.policy.pause import PauseAfter
 
 from .test_sessions import quiet, states, use
@@ -168,3 +168,61 @@ async def test_parallel_leases_of_nested_turns_end_with_the_last_of_them(process
     await quiet(sessions)
     assert states(provider) == ["paused"]
     assert provider.verbs().count("create") == 1
+
+
+async def test_an_owner_whose_turns_use_no_sandbox_is_not_woken_for_until_one_does(process, provider):
+    sessions = process()
+    session = sessions.session("t")
+    await asleep(session)
+    for _ in range(20):
+        async with session.turn():
+            await quiet(sessions)
+        await session.pause()
+    woken = provider.verbs().count("connect")
+    async with session.turn():
+        await quiet(sessions)
+        assert provider.verbs().count("connect") == woken
+        await use(session)
+    await session.pause()
+    async with session.turn():
+        await quiet(sessions)
+        assert states(provider) == ["running"]
+
+
+async def test_a_use_whose_end_could_not_be_written_ends_with_the_next_beat(process, provider, clock):
+    """Otherwise it would be renewed for as long as the process lives, and its sandbox never paused."""
+    sessions = process(PauseAfter(0))
+    session = sessions.session("t")
+    end_use = sessions.bindings.end_use
+
+    async def broken(use, now):
+        raise TransportError("no database", op="bindings", retryable=True)
+
+    async with session.turn():
+        await use(session)
+        sessions.bindings.end_use = broken
+    assert states(provider) == ["running"]
+    sessions.bindings.end_use = end_use
+    clock.advance(15)
+    await sessions.sweep()
+    await quiet(sessions)
+    assert states(provider) == ["paused"]
+
+
+async def test_a_turn_that_could_not_be_written_is_written_with_its_first_lease(process, provider):
+    sessions, other = process(), process(PauseAfter(0))
+    session = sessions.session("t")
+    begin_turn = sessions.bindings.begin_turn
+
+    async def broken(*_, **__):
+        raise TransportError("no database", op="bindings", retryable=True)
+
+    sessions.bindings.begin_turn = broken
+    with pytest.raises(TransportError):
+        await session.turn_started()
+    sessions.bindings.begin_turn = begin_turn
+    await use(session)
+    async with other.session("t").turn():
+        pass
+    assert states(provider) == ["running"]
+    await session.turn_ended()
