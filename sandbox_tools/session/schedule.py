@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import logging
+import math
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
@@ -65,9 +66,9 @@ class Schedule:
         """It is not due any more."""
         self._due.pop(handle, None)
 
-    def __contains__(self, handle: str) -> bool:
-        """Whether that sandbox is due at some time."""
-        return handle in self._due
+    def due(self, handle: str) -> float:
+        """When that sandbox is due, in seconds since the epoch. inf: never."""
+        return self._due.get(handle, math.inf)
 
     async def sweep(self) -> None:
         """Do all that is due, and return when it is done."""

@@ -107,8 +107,17 @@ class Session:
 
     async def begin_turns(self) -> None:
         """Let other processes know of the turns noted here, and begin to wake what the thread has."""
-        if begun := await self._write_turns():
-            self._sessions.spawn(self._wake_early(begun))
+        begun = await self._write_turns()
+        if begun and self._sessions.evidence.expects_use(self.owner):
+            self._sessions.spawn(self._wake_early())
+
+    async def wake(self) -> None:
+        """Begin to wake what the thread has, without waiting: its model has begun to call a tool.
+
+        Where turns are expected to use their sandbox, their start has done so already.
+        """
+        if self._sessions.evidence.early_resume and not self._sessions.evidence.expects_use(self.owner):
+            self._sessions.spawn(self._wake_early())
 
     async def end_turn(self, run: str) -> None:
         """The rest of `turn_ended`, on the loop of the registry."""
@@ -213,16 +222,14 @@ class Session:
             raise
         return unwritten
 
-    async def _wake_early(self, turns: list[str]) -> None:
-        if not self._sessions.evidence.expects_use(self.owner):
-            return
+    async def _wake_early(self) -> None:
         use = secrets.token_hex(8)
         try:
             await self._transitions.wake_early(
                 self.owner,
                 self.thread,
                 use=use,
-                still=lambda: any(self._turns.has(self._key, turn) for turn in turns),
+                still=lambda: self._turns.has(self._key),
             )
         except SandboxError as error:
             log.info(

@@ -86,8 +86,8 @@ class Sweeper:
         """Decide on what other processes should have paused and have not, because they are dead or stuck."""
         now = self._clock.time()
         left = await self._bindings.list_idle(now - LATE, now)
-        # What is due here anyway is not left behind: it has been tried and will be again.
-        await asyncio.gather(*(self.settle(handle) for handle in left if handle not in self._schedule))
+        # What is due here soon anyway has been tried, and will be again.
+        await asyncio.gather(*(self.settle(handle) for handle in left if self._schedule.due(handle) > now + RETRY))
 
     async def _settle(self, handle: str, closing: bool) -> float | None:
         """When to ask again, in seconds since the epoch. None: when it has been used again."""

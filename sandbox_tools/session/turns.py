@@ -75,10 +75,10 @@ class Turns:
                 if turn := self._open.get(key, {}).get(use):
                     turn.written = False
 
-    def has(self, key: Key, use: str | None = None) -> bool:
-        """Whether the thread has that turn open, or any."""
+    def has(self, key: Key) -> bool:
+        """Whether the thread has an open turn."""
         with self.noting:
-            return key in self._open and (use is None or use in self._open[key])
+            return key in self._open
 
     def threads(self) -> list[Key]:
         """The threads that have open turns."""

@@ -37,6 +37,8 @@ class SandboxCallback(AsyncCallbackHandler):
         """Of each run that lives, the one around all."""
         self._turns: dict[UUID, dict[tuple[str, str], Session]] = {}
         """Of each outermost run, the conversations it has used."""
+        self._calling: set[UUID] = set()
+        """Calls of a model whose tool call has begun to come."""
 
     def join(self, run_id: UUID | None, session: Session) -> bool:
         """Have the turn of the run around `run_id` be one of this conversation's too. False: no such run is known."""
@@ -67,6 +69,24 @@ class SandboxCallback(AsyncCallbackHandler):
         thread = thread_in(metadata)
         if outermost and thread is not None and isinstance(self._owner, str):
             self.join(run_id, self.sessions.session(thread, owner=self._owner))
+
+    async def on_llm_new_token(
+        self, token: Any, *, chunk: Any = None, run_id: UUID, parent_run_id: UUID | None = None, **more: Any
+    ) -> None:
+        """The model begins to call a tool: what was not worth waking for the message alone wakes now."""
+        if getattr(getattr(chunk, "message", None), "tool_call_chunks", None) and parent_run_id in self._outermost:
+            for session in self._turns.get(self._outermost[parent_run_id], {}).values():
+                if run_id not in self._calling:
+                    portal.post(self.sessions, session.wake)
+            self._calling.add(run_id)
+
+    async def on_llm_end(self, response: Any, *, run_id: UUID, **more: Any) -> None:
+        """It has called all it will."""
+        self._calling.discard(run_id)
+
+    async def on_llm_error(self, error: BaseException, *, run_id: UUID, **more: Any) -> None:
+        """Likewise."""
+        self._calling.discard(run_id)
 
     async def on_tool_start(
         self,

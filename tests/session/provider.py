@@ -187,7 +187,7 @@ class ProviderClient:
         return self.provider.machines[id]
 
     async def create(self, template=None, *, timeout=300, auto_pause=True, pause_memory=True, metadata=None) -> Handle:
-        id = f"m{next(self.provider.counter)}"
+        id = f"machine{next(self.provider.counter)}"
         error = await self._enter("create", id)
         now = self.provider.clock.time()
         machine = self.provider.machines[id] = Machine(id, dict(metadata or {}), "running", now, now + timeout)

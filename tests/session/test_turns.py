@@ -91,7 +91,7 @@ async def test_a_turn_that_ends_before_it_is_awake_leaves_it_asleep(process, pro
 
 
 async def test_a_message_during_a_pause_waits_for_it_and_wakes_the_same_sandbox(process, provider):
-    mine, other = process(PauseAfter(0)), process(PauseAfter(0))
+    mine, other = process(), process()
     session = mine.session("t")
     await use(session, "before")
     reached, gate = provider.gate("pause")
@@ -182,6 +182,9 @@ async def test_an_owner_whose_turns_use_no_sandbox_is_not_woken_for_until_one_do
     async with session.turn():
         await quiet(sessions)
         assert provider.verbs().count("connect") == woken
+        await session.wake()  # its model has begun to call a tool
+        await quiet(sessions)
+        assert states(provider) == ["running"]
         await use(session)
     await session.pause()
     async with session.turn():

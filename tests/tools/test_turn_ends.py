@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from langchain.agents import create_agent
 from langchain.agents.middleware import HumanInTheLoopMiddleware
-from langchain_core.messages import AIMessage, ToolMessage
+from langchain_core.messages import AIMessage, AIMessageChunk, ToolMessage
+from langchain_core.messages.tool import tool_call_chunk
+from langchain_core.outputs import ChatGenerationChunk
 from langchain_core.runnables import RunnableLambda
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.errors import GraphRecursionError
@@ -376,3 +379,25 @@ async def test_an_error_for_the_operator_is_not_shown_to_the_model_and_ends_the_
     await agent.ainvoke(ask(), CONFIG)
     assert "i-secret" not in " ".join(message.text for message in model.asked[-1])
     await settled(sessions)
+
+
+async def test_a_tool_call_that_begins_to_stream_wakes_what_the_turn_was_not_expected_to_use(process, provider):
+    """An owner whose turns hardly use their sandbox pays for no early wake, and its user waits for none either."""
+    sessions = process(PauseAfter(0))
+    session = sessions.session("t")
+    async with session.lease():
+        pass
+    for _ in range(20):
+        async with session.turn():
+            await settled(sessions)
+    callback = SandboxCallback(sessions)
+    graph, model = uuid4(), uuid4()
+    await callback.on_chain_start({}, {}, run_id=graph, metadata={"thread_id": "t"})
+    assert await states(sessions, provider) == ["paused"]
+    for text, calls in (("Let me see.", []), ("", [tool_call_chunk(name="run_code", args="", id="1", index=0)])):
+        chunk = ChatGenerationChunk(message=AIMessageChunk(text, tool_call_chunks=calls))
+        assert await states(sessions, provider) == ["paused"]
+        await callback.on_llm_new_token(text, chunk=chunk, run_id=model, parent_run_id=graph)
+    assert await states(sessions, provider) == ["running"]
+    await callback.on_chain_end({}, run_id=graph)
+    assert await states(sessions, provider) == ["paused"]
