@@ -26,6 +26,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "start_job": {"command": "echo hello"},
     "read_job": {},  # which job is known once one has been started
     "stop_job": {},
+    "expose_port": {"port": 8000, "minutes": 1},
     "upload_file": {"name": "attached.csv", "path": "/tmp/attached.csv"},
     "download_file": {"path": "hello.txt", "name": "greeting.txt"},
     "pause_sandbox": {},
@@ -53,6 +54,9 @@ def _catalogue(sessions: Sessions) -> Iterator[None]:
         started = {"name": "start_job", "args": EXAMPLES["start_job"], "id": "1", "type": "tool_call"}
         job = _tools["start_job"].invoke(started, config).artifact["job"]
         EXAMPLES["read_job"]["job"] = EXAMPLES["stop_job"]["job"] = job
+        _tools["start_job"].invoke({"command": "python3 -m http.server 8000"}, config)
+        waiting = "until (exec 3<>/dev/tcp/127.0.0.1/8000) 2>/dev/null; do sleep 0.1; done"
+        _tools["run_command"].invoke({"command": waiting, "timeout": 60}, config)
         yield
 
 
