@@ -24,6 +24,7 @@ bench: setup  ## Times beside bare runsc, a bare host, bare httpx and the vendor
 	@$(BIN)/python -m benchmarks.traffic
 	@$(BIN)/python -m benchmarks.client
 	@$(BIN)/python -m benchmarks.sessions
+	@$(BIN)/python -m benchmarks.tools
 	@if [ -n '$(TRACES)' ]; then $(BIN)/python -m benchmarks.pause --traces '$(TRACES)'; fi
 
 lint: $(VENV)/packages

@@ -11,6 +11,7 @@ from sandbox_tools.tools.code import RUN_CODE
 from sandbox_tools.tools.commands import READ_JOB, RUN_COMMAND, START_JOB, STOP_JOB
 from sandbox_tools.tools.files import LIST_FILES, READ_FILE, WRITE_FILE
 from sandbox_tools.tools.lifecycle import DELETE, LIST_PAUSED, PAUSE, RESUME
+from sandbox_tools.tools.ports import EXPOSE_PORT
 from sandbox_tools.tools.tool import Tool
 
 DEFAULT: tuple[Tool, ...] = (RUN_CODE, PAUSE, RESUME, LIST_PAUSED)
@@ -25,6 +26,7 @@ CATALOG: tuple[Tool, ...] = (
     READ_FILE,
     WRITE_FILE,
     LIST_FILES,
+    EXPOSE_PORT,
     DELETE,
 )
 """All that need nothing but a session."""

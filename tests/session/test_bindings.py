@@ -15,6 +15,7 @@ from sandbox_tools.policy.adaptive import AdaptivePause
 from sandbox_tools.policy.cost import Terms
 from sandbox_tools.policy.pause import Period
 from sandbox_tools.policy.savings import Account, Change
+from sandbox_tools.policy.tally import Tally
 from sandbox_tools.session.bindings import PostgresBindings, SqliteBindings
 from sandbox_tools.session.schema import STEPS
 from tests.session.stores import STORES, bindings_at, place_of
@@ -231,13 +232,19 @@ async def test_an_idle_period_ends_with_its_next_use_and_teaches_once(bindings):
     seen = []
 
     def learn(ended):
-        seen.append((ended.ended, ended.lead, ended.threshold))
+        seen.append((ended.ended, ended.lead, ended.threshold, ended.priced))
         return policy.learn(Period(gap=5.0), terms)
 
+    # What is over has its price at once and once; what it teaches comes at the horizon.
+    for expected in (1, 0):
+        price = {"now": 16.0, "learn": lambda ended: Tally(played=1.0, broken_even=2.0)}
+        assert await bindings.price(terms.key, **price) == expected
+    pool, own = await bindings.tallies("ann", terms.key)
+    assert (pool.played, pool.broken_even, pool.count, own.played) == (1.0, 2.0, 0, 0)
     assert await bindings.absorb(terms.key, began_before=9, learn=learn) == 0
     counts = await asyncio.gather(*(bindings.absorb(terms.key, began_before=10, learn=learn) for _ in range(4)))
     assert sum(counts) == 3
-    assert {(15, 6, 3), (15, None, 3), (None, None, 3)} <= set(seen)
+    assert {(15, 6, 3, True), (15, None, 3, False), (None, None, 3, False)} <= set(seen)
     pool, own = await bindings.tallies("ann", terms.key)
     assert (pool.count, own.count) == (3, 3)
     assert list(pool.costs) == pytest.approx(list(policy.learn(Period(gap=5.0), terms).costs[i] * 3 for i in range(91)))

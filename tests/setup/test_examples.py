@@ -46,6 +46,37 @@ async def test_the_conversation_survives_its_pause(engine: EngineProcess) -> Non
     assert await sandboxes(engine) == before
 
 
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script answers, whatever keys there are."""
+    for key in ("ANTHROPIC_API_KEY", "OPENAI_API_KEY", "GOOGLE_API_KEY"):
+        monkeypatch.delenv(key, raising=False)
+
+
+@pytest.mark.usefixtures("no_model")
+async def test_a_graph_of_ones_own_finds_its_variables_again(engine: EngineProcess) -> None:
+    before = await sandboxes(engine)
+
+    done = run("graph.py", engine)
+
+    assert "Sandbox: 129\n" in done.stdout, done.stdout + done.stderr
+    assert await sandboxes(engine) == before
+
+
+@pytest.mark.usefixtures("no_model")
+async def test_an_analysis_goes_on_in_another_process_and_hands_out_its_picture(engine: EngineProcess) -> None:
+    before = await sandboxes(engine)
+
+    done = run("analysis.py", engine)
+
+    assert "| Oslo | 11 |" in done.stdout, done.stdout + done.stderr
+    ended, _, after = done.stdout.partition("[The process ends here; another one goes on.]")
+    assert "sold.png" not in ended
+    assert "[1 image]" in after
+    assert "[sold.png is yours: " in after
+    assert await sandboxes(engine) == before
+
+
 def test_a_chat_without_any_models_key_says_which_to_set(
     engine: EngineProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:

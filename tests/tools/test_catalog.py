@@ -168,6 +168,23 @@ async def test_silence_is_broken_by_signs_of_life(session: Session, monkeypatch:
     assert [piece["stream"] for piece in heard][:2] == ["progress", "progress"]
 
 
+async def test_a_port_is_opened_where_something_listens_and_keeps_the_sandbox_awake(session: Session) -> None:
+    with pytest.raises(RetryableByModel, match="Nothing listens"):
+        await use(session, "expose_port", port=8000)
+    job = (await use(session, "start_job", command="python3 -m http.server 8000")).artifact["job"]
+    async with asyncio.timeout(30):
+        while True:
+            try:
+                shown = await use(session, "expose_port", port=8000, minutes=5)
+                break
+            except RetryableByModel:
+                await asyncio.sleep(0.1)
+    assert text_of(shown).startswith("Port 8000 is open to the user for 5 minutes")
+    # This engine has no address but its socket.
+    assert (shown.artifact["url"], shown.artifact["seconds"]) == (None, 300)
+    await use(session, "stop_job", job=job)
+
+
 class TestArtifacts:
     """Files handed in and out."""
 
