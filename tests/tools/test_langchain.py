@@ -213,7 +213,7 @@ async def test_the_model_pauses_lists_and_resumes_by_handle_and_never_sees_an_id
     assert handle in listed
     assert "this conversation's own" in listed
     assert handle in resumed
-    assert "m1" not in paused + listed + resumed
+    assert "machine1" not in paused + listed + resumed
 
 
 async def test_a_foreign_handle_is_an_error_the_model_can_act_on(process, provider):
@@ -256,7 +256,7 @@ async def test_a_broken_connection_is_not_taken_for_code_that_did_not_run(proces
     agent, model = make_agent(sessions, [call("run_code", code="x"), "done"])
     await agent.ainvoke(ask("go"), CONFIG)
     assert "may have run" in model.asked[-1][-1].text
-    assert "m1" not in model.asked[-1][-1].text
+    assert "machine1" not in model.asked[-1][-1].text
     (machine,) = provider.machines.values()
     assert machine.memory == ["x"]
 
