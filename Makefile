@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS := --constraint constraints.txt
 
-.PHONY: demo chat test soak bench lint setup postgres clean
+.PHONY: demo chat test soak bench lint setup postgres chromium clean
 
 demo: setup  ## A conversation whose sandbox sleeps between two processes
 	@$(BIN)/python examples/conversation.py
@@ -13,7 +13,7 @@ demo: setup  ## A conversation whose sandbox sleeps between two processes
 chat: setup  ## The same with a real chat model, where the environment has a key for one
 	@$(BIN)/python examples/chat.py
 
-test: setup postgres  ## All tests, against the real engine; ARGS='-k name' passes options to pytest
+test: setup postgres chromium  ## All tests, against the real engine; ARGS='-k name' passes options to pytest
 	@$(BIN)/python -m pytest --cov --cov-report=term $(ARGS); code=$$?; echo $$code >$(VENV)/pytest-exit-code; exit $$code
 
 soak: setup postgres  ## The tests that take minutes
@@ -43,6 +43,17 @@ postgres:
 			apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq -y install postgresql >/dev/null; \
 		else \
 			echo 'Postgres is not installed, so its tests are skipped. Install it: apt-get install postgresql'; \
+		fi; \
+	fi
+
+# The chatbot of the examples is tested in a real browser.
+chromium:
+	@if ! command -v chromium >/dev/null; then \
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+			echo 'Installing Chromium for the tests ...'; \
+			apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq -y install chromium >/dev/null; \
+		else \
+			echo 'Chromium is not installed, so its test is skipped. Install it: apt-get install chromium'; \
 		fi; \
 	fi
 
