@@ -205,9 +205,11 @@ class Rest:
     @contextlib.asynccontextmanager
     async def _transition(self, handle: str, *, unless: Unless) -> AsyncIterator[Binding | None]:
         """Hold the exclusive right, if it is to be had; what the body has not ended by then ends with nothing known."""
-        now = self.clock.time()
+        # Whoever dies while it looks after what is idle is not to keep the next message waiting for long; a beat comes
+        # before this is over too.
+        now, expiry = self.clock.time(), self.expiry / 3 if unless == "used" else self.expiry
         held = await self.bindings.begin_transition(
-            handle, holder=self.holder, now=now, until=now + self.expiry, unless=unless
+            handle, holder=self.holder, now=now, until=now + expiry, unless=unless
         )
         try:
             yield held
