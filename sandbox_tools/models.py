@@ -42,6 +42,8 @@ class CreateRequest(Wire):
     """Seconds until the server kills or pauses the sandbox. None: the server's default."""
     auto_pause: bool = False
     """Pause instead of kill when the timeout is reached."""
+    auto_pause_memory: bool = True
+    """False: that pause keeps files only."""
     auto_resume: AutoResume | None = None
     secure: bool = True
     metadata: dict[str, str] = {}

@@ -114,6 +114,7 @@ class Client(ControlPlane):
         *,
         timeout: int = DEFAULT_TIMEOUT,
         auto_pause: bool = True,
+        pause_memory: bool = True,
         auto_resume: bool = False,
         metadata: Mapping[str, str] | None = None,
         env: Mapping[str, str] | None = None,
@@ -131,6 +132,7 @@ class Client(ControlPlane):
             template: A template's or a snapshot's id or name. None: the provider's code interpreter.
             timeout: Seconds from now until the server pauses or kills it; renew with `set_timeout`.
             auto_pause: Pause at the timeout. False: kill.
+            pause_memory: False: that pause keeps files only, and its processes end; only with `auto_pause`.
             auto_resume: Have any traffic wake it when it is paused; only with `auto_pause`.
             env: Set for all code and commands.
             secure: Whether it asks for its token. None: as the provider's own SDK (not on PPIO's and Novita's
@@ -148,9 +150,12 @@ class Client(ControlPlane):
             msg = f"`idempotency_key` is {key!r}. Pass 1 to 255 lower-case letters, digits and hyphens."
             raise ConfigError(msg, op="create")
 
-        if auto_resume and not auto_pause:
-            msg = "`auto_resume` wakes what was paused. Pass `auto_pause=True` with it, or leave it out."
+        if auto_resume and not (auto_pause and pause_memory):
+            msg = "`auto_resume` wakes what was paused with its memory. Leave it out, or pass `auto_pause=True` with it."
             raise ConfigError(msg, op="create")
+
+        if not pause_memory:
+            self.dialect.require("pause(memory=False)")
 
         request = wire.body(
             CreateRequest,
@@ -158,6 +163,7 @@ class Client(ControlPlane):
             template_id=template or DEFAULT_TEMPLATE,
             timeout=wire.seconds("create", timeout),
             auto_pause=auto_pause,
+            auto_pause_memory=pause_memory or not auto_pause,
             auto_resume=AutoResume(enabled=True) if auto_resume else None,
             metadata={**(metadata or {}), CREATE_KEY: key},
             env_vars=dict(env or {}),

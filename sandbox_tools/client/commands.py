@@ -47,6 +47,8 @@ class Commands:
 
     def __init__(self, sandbox: Sandbox) -> None:
         self._sandbox = sandbox
+        self.started: set[int] = set()
+        """Process ids of the commands started here whose end has not been seen here."""
 
     async def run(
         self,
@@ -114,7 +116,9 @@ class Commands:
         message = {"process": process, "stdin": stdin}
         op = "commands.run"
         events = rpc.stream(self._sandbox, "process.Process/Start", message, user=user, timeout=timeout, op=op)
-        return await self._followed(events, op, on_stdout, on_stderr)
+        command = await self._followed(events, op, on_stdout, on_stderr)
+        self.started.add(command.pid)
+        return command
 
     async def connect(self, pid: int, *, on_stdout: Told | None = None, on_stderr: Told | None = None) -> Command:
         """Follows a command from now on; what it put out before is not repeated.
@@ -275,6 +279,7 @@ class Command:
             event = message["event"]
             if "end" in event:
                 self._ended = dict(event["end"])
+                self._sandbox.commands.started.discard(self.pid)
 
             for kind, cls in (("stdout", Stdout), ("stderr", Stderr)):
                 data = base64.b64decode(event.get("data", {}).get(kind, ""), validate=True)

@@ -117,7 +117,9 @@ class Dialect:
             secure: None: as the provider's own SDK asks.
         """
         self.require(f"create(secure={secure})")
-        body = {**self.create_with, **request.model_dump(by_alias=True, exclude_none=True, exclude={"secure"})}
+        # Said only where it is not the rule: not every server knows the field.
+        unsaid = {"secure"} | ({"auto_pause_memory"} if request.auto_pause_memory else set())
+        body = {**self.create_with, **request.model_dump(by_alias=True, exclude_none=True, exclude=unsaid)}
         if self.secure is not None:
             body["secure"] = self.secure if secure is None else secure
 

@@ -242,15 +242,40 @@ class Sandbox:
         Only `Client(verify_state=False)` leaves none. Where it cannot be left, the sandbox is paused all the same.
         """
         self._client.dialect.require(f"pause(memory={memory})")
+        await self.plant(memory=memory)
+        paused = await self._client.pause(self.id, memory=memory)
+        self._asleep = True
+        return paused
+
+    async def plant(self, *, memory: bool = True) -> Sentinel | None:
+        """Leaves that mark for a pause that somebody else will make, such as the server's timer.
+
+        Returns:
+            What `verify` takes, here or in another process. None: there is nothing to look for.
+        """
         if self._client.verify_state and not self._asleep:
             async with self._planting:
                 self.sentinel = await sentinel.plant(self, memory=memory)
         elif self.sentinel and not memory:
             self.sentinel = self.sentinel.model_copy(update={"memory": False})
 
-        paused = await self._client.pause(self.id, memory=memory)
-        self._asleep = True
-        return paused
+        return self.sentinel
+
+    async def verify(self, planted: Sentinel) -> bool:
+        """Whether what was planted has come back; False: nobody could look.
+
+        Raises:
+            StateLostError: It runs and can be used, but its memory or files are older than that mark.
+        """
+        self.sentinel = planted
+        try:
+            found = await sentinel.check(self, planted)
+        except StateLostError:
+            self.sentinel = self._checked = None
+            raise
+
+        self._checked = planted
+        return found
 
     async def resume(self, *, timeout: int = DEFAULT_TIMEOUT) -> None:
         """Wakes it when it is paused; as `Client.connect`, into this object.
@@ -264,12 +289,7 @@ class Sandbox:
         if resumed or planted is not self._checked:
             await self._until_ready()
             if planted:
-                try:
-                    await sentinel.check(self, planted)
-                except StateLostError:
-                    self.sentinel = self._checked = None
-                    raise
-                self._checked = planted
+                await self.verify(planted)
 
     async def _until_ready(self) -> None:
         """Returns once a sandbox that was just resumed answers at its own address, or after `READY_LIMIT` seconds."""

@@ -60,8 +60,6 @@ class NewSandbox(CreateRequest):
 
     template_id: Annotated[str, Field(alias="templateID", json_schema_extra=_NAMED)]
     timeout: Timeout | None = None
-    auto_pause_memory: bool = True
-    """False: the pause at the timeout keeps files only."""
     allow_internet_access: Annotated[
         bool | None,
         Field(

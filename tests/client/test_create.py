@@ -309,6 +309,7 @@ async def test_a_cancelled_look_leaves_no_task(at: Connect, service: Service) ->
 
 BODIES: list[tuple[Dialect, dict[str, Any], dict[str, Any]]] = [
     (DIALECTS["e2b"], {}, {"autoPause": True}),
+    (DIALECTS["e2b"], {"pause_memory": False}, {"autoPause": True, "autoPauseMemory": False}),
     (DIALECTS["e2b"], {"auto_resume": True}, {"autoPause": True, "autoResume": {"enabled": True}}),
     (DIALECTS["e2b"], {"internet": False}, {"autoPause": True, "allow_internet_access": False}),
     (DIALECTS["ucloud"], {"secure": False}, {"autoPause": True, "secure": False, "allow_internet_access": True}),
@@ -347,6 +348,8 @@ async def test_what_cannot_be_created_is_refused_before_any_request(at: Connect,
         ("e2b", {"secure": False}),
         ("local", {"secure": False}),
         ("ucloud", {"auto_resume": True, "auto_pause": False}),
+        ("ucloud", {"auto_resume": True, "pause_memory": False}),
+        ("ppio", {"pause_memory": False}),
         ("ucloud", {"idempotency_key": "Not This"}),
         ("ucloud", {"idempotency_key": ""}),
     ]
