@@ -151,7 +151,9 @@ class Client(ControlPlane):
             raise ConfigError(msg, op="create")
 
         if auto_resume and not (auto_pause and pause_memory):
-            msg = "`auto_resume` wakes what was paused with its memory. Leave it out, or pass `auto_pause=True` with it."
+            msg = (
+                "`auto_resume` wakes what was paused with its memory. Leave it out, or pass `auto_pause=True` with it."
+            )
             raise ConfigError(msg, op="create")
 
         if not pause_memory:
