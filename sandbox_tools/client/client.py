@@ -20,14 +20,14 @@ from sandbox_tools.client.dialects import Dialect, choose
 from sandbox_tools.client.local import LocalEngine
 from sandbox_tools.client.retries import may_have_happened
 from sandbox_tools.client.sandbox import Sandbox
-from sandbox_tools.client.transport import IDEMPOTENCY_KEY, LONG_REQUEST, Transport
+from sandbox_tools.client.transport import IDEMPOTENCY_KEY, LONG_REQUEST, Transport, in_time
 from sandbox_tools.errors import (
     APIError,
     ConfigError,
     ConflictError,
-    NotFoundError,
     ProtocolError,
     SandboxError,
+    SandboxNotFoundError,
     SandboxStateError,
     TransportError,
     error_for_status,
@@ -172,11 +172,16 @@ class Client(ControlPlane):
             allow_internet_access=None if internet else False,
         )
         body = self.dialect.create_body(request, secure=secure)
-        if idempotency_key is not None and (made := await self._made_with(key, timeout)):
-            return made
+        left = await self._left("create", self._long - self._look)
+        if idempotency_key is not None:
+            async with in_time("create", left()):
+                made = await self._made_with(key, timeout)
+
+            if made:
+                return made
 
         headers = {IDEMPOTENCY_KEY: key} if self.dialect.idempotency_header else {}
-        more: dict[str, Any] = {"body": body, "headers": headers, "deadline": self._long - self._look}
+        more: dict[str, Any] = {"body": body, "headers": headers, "deadline": left()}
         try:
             response = await self._send("create", "POST", self.dialect.create_path, idempotent=False, **more)
             return Sandbox(self, self._known(wire.parsed(SandboxGrant, response, "create")))
@@ -201,7 +206,7 @@ class Client(ControlPlane):
             timeout: Seconds from now until its end; never shortens that of a running one.
 
         Raises:
-            NotFoundError: It is gone.
+            SandboxNotFoundError: It is gone.
         """
         grant, resumed = await self.grant(sandbox_id, timeout=timeout)
         sandbox = Sandbox(self, grant)
@@ -237,8 +242,8 @@ class Client(ControlPlane):
             timeout: Seconds from now until the end of each.
 
         Raises:
-            NotFoundError: The original is gone.
-            ConflictError: It is paused.
+            SandboxNotFoundError: The original is gone.
+            ConflictError, SandboxStateError: It is paused.
         """
         if not 1 <= count <= 100:
             msg = f"`count` of `fork` is {count!r}. Pass 1 to 100."
@@ -246,7 +251,7 @@ class Client(ControlPlane):
 
         body = {"timeout": wire.seconds("fork", timeout), "count": count, **self.dialect.fork_with}
         more: dict[str, Any] = {"body": body, "idempotent": False, "deadline": self._long}
-        response = await self._send("fork", "POST", self.dialect.fork_path, sandbox_id, **more)
+        response = await self._send("fork", "POST", self.dialect.fork_path, sandbox_id, running=True, **more)
         if response.content.lstrip()[:1] == b"{":
             made = wire.parsed(CloneResult, response, "fork", sandbox_id).sandboxes
             results = [ForkResult(sandbox=grant) for grant in made]
@@ -274,7 +279,7 @@ class Client(ControlPlane):
             msg = f"Several sandboxes bear the idempotency key {key!r}: {found}. Connect to the one you mean."
             raise SandboxStateError(msg, op="create")
 
-        with suppress(NotFoundError):
+        with suppress(SandboxNotFoundError):
             return await self.connect(found[0], timeout=timeout) if found else None
 
         return None

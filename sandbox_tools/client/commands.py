@@ -6,8 +6,9 @@ import asyncio
 import base64
 import builtins
 import codecs
+import uuid
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self
 
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 
 END_TIMEOUT = 5.0
 """Seconds to kill a command that nobody waits for any more."""
+
+STARTING = (0.0, 0.1, 0.4)
+"""Seconds before each look for a command whose start was cancelled: what asks for it may arrive later than a look."""
 
 INPUT_PIECE = 1024 * 1024
 """Bytes of input in one message; envd takes a few MiB."""
@@ -64,8 +68,8 @@ class Commands:
     ) -> CommandResult:
         """Runs a command of bash to its end; one that fails is a result with another `exit_code` than 0.
 
-        It is never sent twice. If this is cancelled, the command is killed, unless its start was not yet known: then
-        only its `timeout` ends it.
+        It is never sent twice. If this is cancelled, the command is killed, also where nobody has heard of its start
+        yet: it is looked for half a second long, and what starts still later is ended by its `timeout` alone.
 
         Args:
             cwd: None: the user's home.
@@ -89,7 +93,7 @@ class Commands:
             raise
         except BaseException:
             # Cancelled, or a callback raised: nobody is left who could end it.
-            await completed(command._end())
+            await completed(self._end_soon({"pid": command.pid}))
             raise
         finally:
             await command.disconnect()
@@ -113,10 +117,17 @@ class Commands:
 
         process: dict[str, Any] = {"cmd": "/bin/bash", "args": ["-l", "-c", cmd]}
         process |= {name: value for name, value in (("envs", dict(env or {})), ("cwd", cwd)) if value}
-        message = {"process": process, "stdin": stdin}
+        tag = uuid.uuid4().hex
+        message = {"process": process, "stdin": stdin, "tag": tag}
         op = "commands.run"
         events = rpc.stream(self._sandbox, "process.Process/Start", message, user=user, timeout=timeout, op=op)
-        command = await self._followed(events, op, on_stdout, on_stderr)
+        try:
+            command = await self._followed(events, op, on_stdout, on_stderr)
+        except (asyncio.CancelledError, ExecutionTimeoutError):
+            # It may be starting all the same, and nobody would ever know its id.
+            await completed(self._end_soon({"tag": tag}, STARTING))
+            raise
+
         self.started.add(command.pid)
         return command
 
@@ -136,7 +147,15 @@ class Commands:
         Returns:
             True: killed. False: none of that id was running.
         """
-        message = {"process": {"pid": pid}, "signal": "SIGNAL_SIGKILL"}
+        return await self._kill({"pid": pid})
+
+    async def list(self) -> builtins.list[ProcessInfo]:
+        """The commands that run, whoever started them."""
+        answer = await rpc.unary(self._sandbox, "process.Process/List", {}, op="commands.list")
+        return parsed(self._sandbox, "commands.list", _PROCESSES.validate_python, answer.get("processes", []))
+
+    async def _kill(self, process: Mapping[str, int | str]) -> bool:
+        message = {"process": process, "signal": "SIGNAL_SIGKILL"}
         try:
             await rpc.unary(self._sandbox, "process.Process/SendSignal", message, op="commands.kill")
         except NotFoundError:
@@ -144,10 +163,14 @@ class Commands:
 
         return True
 
-    async def list(self) -> builtins.list[ProcessInfo]:
-        """The commands that run, whoever started them."""
-        answer = await rpc.unary(self._sandbox, "process.Process/List", {}, op="commands.list")
-        return parsed(self._sandbox, "commands.list", _PROCESSES.validate_python, answer.get("processes", []))
+    async def _end_soon(self, process: Mapping[str, int | str], looks: Sequence[float] = (0.0,)) -> None:
+        """Kills it, if that can be done soon; `looks` says after how many seconds each it is looked for."""
+        with suppress(SandboxError, TimeoutError):
+            async with asyncio.timeout(END_TIMEOUT):
+                for pause in looks:
+                    await asyncio.sleep(pause)
+                    if await self._kill(process):
+                        return
 
     async def _followed(
         self, events: AsyncGenerator[dict[str, Any], None], op: str, on_stdout: Told | None, on_stderr: Told | None
@@ -204,7 +227,8 @@ class Command:
                 message = await anext(self._events)
             except ExecutionTimeoutError as error:
                 error.partial = self._collector.execution()
-                await completed(self._end())  # for a server that does not keep to the limit
+                # For a server that does not keep to the limit.
+                await completed(self._sandbox.commands._end_soon({"pid": self.pid}))
                 raise
 
             self._pieces.extend(self._read(message))
@@ -267,12 +291,6 @@ class Command:
     async def _ask(self, method: str, op: str, **more: Any) -> None:
         message = {"process": {"pid": self.pid}, **more}
         await rpc.unary(self._sandbox, f"process.Process/{method}", message, op=op)
-
-    async def _end(self) -> None:
-        """Kills it, if that can be done soon."""
-        with suppress(SandboxError, TimeoutError):
-            async with asyncio.timeout(END_TIMEOUT):
-                await self.kill()
 
     def _read(self, message: dict[str, Any]) -> Iterator[Stdout | Stderr]:
         try:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import builtins
 import urllib.parse
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -13,7 +14,7 @@ import httpx
 from sandbox_tools.client import wire
 from sandbox_tools.client.dialects import Dialect
 from sandbox_tools.client.transport import LONG_REQUEST, Call, Transport
-from sandbox_tools.errors import ConflictError, NotFoundError, SandboxStateError
+from sandbox_tools.errors import ConflictError, NotFoundError, SandboxError, SandboxStateError
 from sandbox_tools.models import Metric, SandboxInfo, SnapshotInfo, State, TimeoutRequest
 
 KNOWN_SIZES = 4096
@@ -45,7 +46,7 @@ class ControlPlane:
             True: paused by this call. False: it was paused already (or by an attempt whose answer was lost).
 
         Raises:
-            NotFoundError: It is gone.
+            SandboxNotFoundError: It is gone.
             ConflictError: It is in a transition that forbids a pause.
             ConfigError: The provider has no pause without memory.
         """
@@ -64,7 +65,7 @@ class ControlPlane:
             True: it stands still. False: it is paused already.
 
         Raises:
-            NotFoundError: It is gone.
+            SandboxNotFoundError: It is gone.
             ConflictError: A stream to it is open (code, a command, a WebSocket), or it is in a transition.
         """
         return await self._unless_paused("freeze", sandbox_id)
@@ -84,7 +85,7 @@ class ControlPlane:
             deadline: Seconds. None: `request_timeout`.
 
         Raises:
-            NotFoundError: It is gone.
+            SandboxNotFoundError: It is gone.
         """
         response = await self._send("info", "GET", "/sandboxes/{id}", sandbox_id, deadline=deadline)
         return self._own(wire.parsed(SandboxInfo, response, "info", sandbox_id))
@@ -136,25 +137,13 @@ class ControlPlane:
             timeout: Seconds from now. 0: it ends at once (paused or killed, as `create` was told).
 
         Raises:
-            NotFoundError: It is gone.
+            SandboxNotFoundError: It is gone.
             SandboxStateError: It is paused, and so has no end to move.
         """
         body = wire.body(TimeoutRequest, "set_timeout", timeout=timeout).model_dump()
-        try:
-            response = await self._send("set_timeout", "POST", "/sandboxes/{id}/timeout", sandbox_id, body=body)
-            wire.done(response, "set_timeout", sandbox_id)
-        except NotFoundError as error:
-            # The wire says 404 for a paused one too, and a caller who believed that would start anew.
-            try:
-                state = (await self.info(sandbox_id)).state
-            except NotFoundError:
-                raise error from None
-
-            if state != "paused":
-                raise
-
-            msg = f"`set_timeout` needs a running sandbox, and {sandbox_id!r} is paused. Connect to it first."
-            raise SandboxStateError(msg, op="set_timeout", sandbox_id=sandbox_id) from error
+        path = "/sandboxes/{id}/timeout"
+        response = await self._send("set_timeout", "POST", path, sandbox_id, running=True, body=body)
+        wire.done(response, "set_timeout", sandbox_id)
 
     async def metrics(
         self, sandbox_id: str, *, start: datetime | None = None, end: datetime | None = None
@@ -166,12 +155,14 @@ class ControlPlane:
             end: With a time zone. None: until now.
 
         Raises:
-            NotFoundError: It is gone.
+            SandboxNotFoundError: It is gone.
+            SandboxStateError: It is paused, and the provider has none then.
         """
         bounds = {name: wire.moment("metrics", name, at) for name, at in (("start", start), ("end", end)) if at}
         unit = self.dialect.metrics_per_second
         params = {name: str(int(at.timestamp() * unit)) for name, at in bounds.items()}
-        response = await self._send("metrics", "GET", "/sandboxes/{id}/metrics", sandbox_id, params=params)
+        path = "/sandboxes/{id}/metrics"
+        response = await self._send("metrics", "GET", path, sandbox_id, running=True, params=params)
         return wire.parsed_rows(Metric, response, "metrics", sandbox_id)
 
     async def snapshot(self, sandbox_id: str, *, name: str | None = None) -> SnapshotInfo:
@@ -183,14 +174,15 @@ class ControlPlane:
             name: Leads to the newest snapshot that has it. None: only its id does.
 
         Raises:
-            NotFoundError: The sandbox is gone.
-            ConflictError: It is paused.
+            SandboxNotFoundError: The sandbox is gone.
+            ConflictError, SandboxStateError: It is paused.
         """
         if name:
             self.dialect.require("snapshot(name)")
 
         more: dict[str, Any] = {"body": {"name": name} if name else {}, "idempotent": False, "deadline": LONG_REQUEST}
-        response = await self._send("snapshot", "POST", "/sandboxes/{id}/snapshots", sandbox_id, **more)
+        path = "/sandboxes/{id}/snapshots"
+        response = await self._send("snapshot", "POST", path, sandbox_id, running=True, **more)
         return wire.parsed(SnapshotInfo, response, "snapshot", sandbox_id)
 
     async def list_snapshots(self, *, sandbox_id: str | None = None) -> AsyncIterator[SnapshotInfo]:
@@ -215,11 +207,12 @@ class ControlPlane:
         return await self._delete("delete_snapshot", path)
 
     async def _unless_paused(self, op: str, sandbox_id: str, **more: Any) -> bool:
+        left = await self._left(op, more.get("deadline"))
         try:
             response = await self._send(op, "POST", f"/sandboxes/{{id}}/{op}", sandbox_id, **more)
             wire.done(response, op, sandbox_id)
         except ConflictError:
-            if (await self.info(sandbox_id)).state != "paused":
+            if await self._state(op, sandbox_id, left()) != "paused":
                 raise
 
             return False
@@ -235,13 +228,47 @@ class ControlPlane:
         return True
 
     async def _send(
-        self, op: str, method: str, path: str, sandbox_id: str | None = None, **more: Any
+        self, op: str, method: str, path: str, sandbox_id: str | None = None, *, running: bool = False, **more: Any
     ) -> httpx.Response:
-        self.dialect.require(op)
+        """Sends one call to the control plane.
+
+        Args:
+            running: Whether it needs a running sandbox. The wire says 404 for a paused one too, and a caller who
+                believed that would start anew.
+        """
         if sandbox_id is not None:
             path = path.format(id=wire.path_part(op, sandbox_id))
 
-        return await self.transport.send(Call(op=op, method=method, path=path, sandbox_id=sandbox_id, **more))
+        left = await self._left(op, more.get("deadline"))
+        try:
+            return await self.transport.send(
+                Call(op=op, method=method, path=path, sandbox_id=sandbox_id, believed=not running, **more)
+            )
+        except NotFoundError as error:
+            if not running or sandbox_id is None:
+                raise
+
+            if await self._state(op, sandbox_id, left()) != "paused":
+                raise
+
+            msg = f"`{op}` needs a running sandbox, and {sandbox_id!r} is paused. Connect to it first."
+            raise SandboxStateError(msg, op=op, sandbox_id=sandbox_id) from error
+
+    async def _state(self, op: str, sandbox_id: str, deadline: float) -> State:
+        """Looks for the sake of another verb, whose failure it is if that fails."""
+        try:
+            return (await self.info(sandbox_id, deadline=deadline)).state
+        except SandboxError as error:
+            error.op = op
+            raise
+
+    async def _left(self, op: str, deadline: float | None) -> Callable[[], float]:
+        """Tells the seconds that are left of a call's time, to which the start of a local engine does not count."""
+        self.dialect.require(op)
+        await self.transport.ready()
+        clock = asyncio.get_running_loop().time
+        end = clock() + (self.transport.request_timeout if deadline is None else deadline)
+        return lambda: end - clock()
 
     def _own(self, info: SandboxInfo) -> SandboxInfo:
         own_id = self.dialect.sandbox_id(info.sandbox_id, info.client_id)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 import urllib.parse
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +31,7 @@ from sandbox_tools.errors import (
     ProtocolError,
     RequestTimeoutError,
     SandboxError,
+    SandboxNotFoundError,
     TransportError,
     error_for_status,
 )
@@ -105,6 +107,8 @@ class Call:
     idempotent: bool = True
     """Whether doing it twice is the same as once. If not, it is repeated only where it certainly did not happen, or
     where the server is sent an `Idempotency-Key`."""
+    believed: bool = True
+    """Whether a 404 says that there is no such sandbox."""
     deadline: float | None = None
     """Seconds for the call with all its repeats. None: the client's `request_timeout`."""
 
@@ -127,7 +131,7 @@ class Transport:
         inner: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._address = address
-        self._request_timeout = request_timeout
+        self.request_timeout = request_timeout
         self._engine = engine
         self._secrets: dict[str, None] = {}
         self.keep_secret(address.api_key)
@@ -155,7 +159,7 @@ class Transport:
             TransportError: No usable answer came.
             APIError: The server said no.
         """
-        seconds = call.deadline or self._request_timeout
+        seconds = self.request_timeout if call.deadline is None else call.deadline
         repeatable = call.idempotent or IDEMPOTENCY_KEY in call.headers
         http = self._pooled if call.idempotent else self._fresh
         headers = {**call.headers, **({"X-API-KEY": self._address.api_key} if self._address.api_key else {})}
@@ -175,7 +179,7 @@ class Transport:
                     response.extensions["attempts"] = attempts
                     return response
 
-                failure = self.refusal(response, op=call.op, sandbox_id=call.sandbox_id)
+                failure = self.refusal(response, call)
             except (httpx.HTTPError, httpx.InvalidURL) as error:
                 failure = self.translated(error, call.op, call.sandbox_id)
 
@@ -190,20 +194,13 @@ class Transport:
             end = time.monotonic() + seconds
             again = safe_to_repeat if repeatable else certainly_not_done
             try:
-                async with asyncio.timeout(seconds) as limit:
+                async with in_time(call.op, seconds, call.sandbox_id):
                     return await repeat(once, lambda error: again(error) and time.monotonic() + wait(error) < end)
-            except TimeoutError as error:
-                if not limit.expired():
-                    raise
-
+            except RequestTimeoutError as error:
                 if failure is not None:  # It came while the next attempt was waited for.
                     raise failure from error
 
-                msg = (
-                    f"`{call.op}` got no answer within {seconds:g} s, so it may have happened. "
-                    "Look at the sandbox's state before you try again."
-                )
-                raise RequestTimeoutError(msg, op=call.op, sandbox_id=call.sandbox_id) from error
+                raise
 
         return await self._with_engine(repeated)
 
@@ -242,9 +239,9 @@ class Transport:
         again = safe_to_repeat if idempotent else lambda error: isinstance(error, ConnectError)
         return await self._with_engine(lambda: repeat(once, again))
 
-    def refusal(self, response: httpx.Response, *, op: str, sandbox_id: str | None) -> SandboxError:
+    def refusal(self, response: httpx.Response, call: Call) -> SandboxError:
         """The error for an answer of the control plane that is not 2xx."""
-        status = response.status_code
+        op, sandbox_id, status = call.op, call.sandbox_id, response.status_code
         try:
             body = ErrorBody.model_validate_json(response.content)
         except ValidationError:
@@ -264,7 +261,8 @@ class Transport:
             advice = "Check the template or id that it was given."
 
         msg = f"`{op}` was refused with status {status}: {self.quoted(body.message)!r}. {advice}"
-        return error_for_status(status)(
+        gone = status == 404 and sandbox_id is not None and call.believed
+        return (SandboxNotFoundError if gone else error_for_status(status))(
             msg,
             status_code=status,
             error_code=self.quoted(body.error_code) if body.error_code else None,
@@ -303,18 +301,40 @@ class Transport:
         failure.__cause__ = error
         return failure
 
-    async def _with_engine(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        if self._engine is None:
-            return await attempt()
+    async def ready(self) -> None:
+        """Returns once the server can be asked, which is at once unless it is a local engine that must be started."""
+        if self._engine:
+            await self._engine.ready()
 
-        await self._engine.ready()
+    async def _with_engine(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        await self.ready()
         try:
             return await attempt()
         except ConnectError:
+            if self._engine is None:
+                raise
+
             # An engine with nothing to do exits; the request never left, so the next one may have it.
             self._engine.lost()
             await self._engine.ready()
             return await attempt()
+
+
+@asynccontextmanager
+async def in_time(op: str, seconds: float, sandbox_id: str | None = None) -> AsyncIterator[None]:
+    """Raises a `RequestTimeoutError` in here after so many seconds."""
+    try:
+        async with asyncio.timeout(seconds) as limit:
+            yield
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+
+        msg = (
+            f"`{op}` got no answer within {max(seconds, 0):g} s, so it may have happened. "
+            "Look at the sandbox's state before you try again."
+        )
+        raise RequestTimeoutError(msg, op=op, sandbox_id=sandbox_id) from error
 
 
 def translate(error: Exception, *, op: str, sandbox_id: str | None) -> SandboxError:

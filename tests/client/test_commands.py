@@ -350,7 +350,7 @@ async def test_a_result_may_leave_out_what_is_nought(both: tuple[Loopback, Sandb
 
 @pytest.mark.parametrize("steps", [[HANG], [HEAD, HANG], [HEAD, chunk(BEGUN), HANG]], ids=len)
 async def test_a_start_that_is_cancelled_leaves_nothing_here(both: tuple[Loopback, Sandbox], steps: list[Step]) -> None:
-    """What is known to have started is killed, and its killing does not hold the caller up for long."""
+    """What has started, or may have, is killed, and its killing does not hold the caller up for long."""
     loopback, sandbox = both
     loopback.on(START, steps)
     loopback.on(SIGNAL, [plain({})])
@@ -366,7 +366,37 @@ async def test_a_start_that_is_cancelled_leaves_nothing_here(both: tuple[Loopbac
             await task
         async with asyncio.timeout(PATIENCE):
             await loopback.left.wait()
-    assert (len(steps) == 3) == len(loopback.sent(SIGNAL))
+    ((start,), (signal,)) = loopback.sent(START), loopback.sent(SIGNAL)
+    process = {"pid": 7} if len(steps) == 3 else {"tag": json.loads(start.body[5:])["tag"]}
+    assert {"process": process, "signal": "SIGNAL_SIGKILL"} == json.loads(signal.body)
+
+
+async def test_a_start_that_was_cancelled_and_arrives_late_is_looked_for_again(
+    both: tuple[Loopback, Sandbox], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loopback, sandbox = both
+    none = plain({"code": "not_found", "message": "no such process"}, 404)
+    loopback.on(START, [HANG])
+    loopback.on(SIGNAL, [none], [plain({})], [none])
+    monkeypatch.setattr("sandbox_tools.client.commands.STARTING", (0.0, 0.0, 0.0))
+
+    task = asyncio.create_task(sandbox.commands.run("sleep 1000", timeout=None))
+    async with asyncio.timeout(PATIENCE):
+        await loopback.hanging.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert 2 == len(loopback.sent(SIGNAL))
+
+
+async def test_whenever_a_command_without_a_limit_is_cancelled_nothing_of_it_runs_on(sandbox: Sandbox) -> None:
+    for moment in range(12):
+        task = asyncio.create_task(sandbox.commands.run("sleep 1000", timeout=None))
+        await asyncio.wait({task}, timeout=0.004 * moment)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    await until_nothing_runs(sandbox)
 
 
 async def test_a_kill_that_hangs_does_not_keep_a_cancelled_caller(
@@ -405,10 +435,12 @@ async def test_commands_look_as_the_vendors_sdks_send_them(both: tuple[Loopback,
 
     await sandbox.commands.run("echo hi", env={"B": "2"}, cwd="/tmp")
     (request,) = loopback.sent(START)
+    message = json.loads(request.body[5:])
+    assert message.pop("tag")
     assert {
         "process": {"cmd": "/bin/bash", "args": ["-l", "-c", "echo hi"], "envs": {"B": "2"}, "cwd": "/tmp"},
         "stdin": False,
-    } == json.loads(request.body[5:])
+    } == message
     assert "60000" == request.headers["connect-timeout-ms"]
 
     with contextlib.suppress(TransportError):

@@ -27,6 +27,7 @@ from sandbox_tools.errors import (
     SandboxBusyError,
     SandboxError,
     SandboxExpiredError,
+    SandboxNotFoundError,
     SandboxStateError,
     ServerError,
     TransportError,
@@ -228,28 +229,51 @@ CONTROL = (
         Case(
             verb=verb,
             answer=unknown(),
-            error=NotFoundError,
+            error=SandboxNotFoundError,
             says="the id is wrong",
             more={"status_code": 404},
             named="404",
         )
-        for verb in ("connect", "info", "pause", "metrics", "snapshot", "fork")
+        for verb in ("connect", "info", "pause")
     ),
-    Case(
-        verb="set_timeout",
-        answer=unknown(),
-        info=unknown(),
-        error=NotFoundError,
-        says="the id is wrong",
-        more={"status_code": 404},
+    *(
+        Case(
+            verb=verb,
+            answer=unknown(),
+            info=info,
+            error=error,
+            retryable=error.retryable,
+            says=says,
+            named=f"404, and info says {named}",
+        )
+        for verb in ("set_timeout", "metrics", "snapshot", "fork")
+        for named, info, error, says in (
+            ("the same", unknown(), SandboxNotFoundError, "the id is wrong"),
+            ("paused", paused(), SandboxStateError, "connect to it first"),
+            ("running", None, NotFoundError, "the id is wrong"),
+            ("nothing", Answer(ending="deaf"), TransportError, "may have happened"),
+        )
     ),
-    Case(verb="set_timeout", answer=unknown(), info=paused(), error=SandboxStateError, says="connect to it first"),
     Case(
         verb="pause",
         answer=refused(409, f"Sandbox \"{ID}\" cannot be paused while in 'snapshotting' state"),
         error=ConflictError,
         says="state",
         more={"status_code": 409},
+    ),
+    *(
+        Case(
+            verb="pause",
+            answer=refused(409, "state"),
+            info=info,
+            error=error,
+            named=f"409, and info says {named}",
+            retryable=error.retryable,
+        )
+        for named, info, error in (
+            ("that it is gone", unknown(), SandboxNotFoundError),
+            ("nothing", Answer(ending="deaf"), TransportError),
+        )
     ),
     Case(
         verb="connect",

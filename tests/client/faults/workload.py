@@ -267,8 +267,7 @@ class Workload:
                     idempotency_key=key,
                 ),
                 dice,
-                # With a key of the caller's own it is looked for and connected to first.
-                deadline=LONG if key is None else 2 * (LONG + REQUEST),
+                deadline=LONG,
                 about=stamp,
             )
             before, rows = rows, [row async for row in self._clean.list(metadata={STAMP: stamp})]
