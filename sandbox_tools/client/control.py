@@ -7,6 +7,7 @@ import builtins
 import urllib.parse
 from collections.abc import AsyncIterator, Callable, Mapping
 from datetime import datetime
+from operator import attrgetter
 from typing import Any
 
 import httpx
@@ -88,7 +89,7 @@ class ControlPlane:
             SandboxNotFoundError: It is gone.
         """
         response = await self._send("info", "GET", "/sandboxes/{id}", sandbox_id, deadline=deadline)
-        return self._own(wire.parsed(SandboxInfo, response, "info", sandbox_id))
+        return self._own(wire.present(SandboxInfo, response.content, "info", sandbox_id))
 
     async def list(
         self,
@@ -119,16 +120,16 @@ class ControlPlane:
             params["startedAfter"] = wire.moment("list", "started_after", started_after).isoformat()
 
         wanted = {name: value for name, value in params.items() if value}
-        async for rows in wire.pages(self.transport, "list", "/v2/sandboxes", wanted, SandboxInfo):
-            for row in rows:
-                # Asked for already, but a server that ignores a filter must not widen what the caller acts on.
-                if (
-                    (state is None or row.state == state)
-                    and (not metadata or metadata.items() <= row.metadata.items())
-                    and (template is None or template in (row.template_id.removesuffix(":default"), row.alias))
-                    and (started_after is None or row.started_at > started_after)
-                ):
-                    yield self._own(row)
+        found = wire.pages(self.transport, "list", "/v2/sandboxes", wanted, SandboxInfo, attrgetter("sandbox_id"))
+        async for row in found:
+            # Asked for already, but a server that ignores a filter must not widen what the caller acts on.
+            if (
+                (state is None or row.state == state)
+                and (not metadata or metadata.items() <= row.metadata.items())
+                and (template is None or template in (row.template_id.removesuffix(":default"), row.alias))
+                and (started_after is None or row.started_at > started_after)
+            ):
+                yield self._own(row)
 
     async def set_timeout(self, sandbox_id: str, timeout: int) -> None:
         """Moves the end of a running sandbox, later or earlier.
@@ -143,7 +144,7 @@ class ControlPlane:
         body = wire.body(TimeoutRequest, "set_timeout", timeout=timeout).model_dump()
         path = "/sandboxes/{id}/timeout"
         response = await self._send("set_timeout", "POST", path, sandbox_id, running=True, body=body)
-        wire.done(response, "set_timeout", sandbox_id)
+        wire.done(response.content, "set_timeout", sandbox_id)
 
     async def metrics(
         self, sandbox_id: str, *, start: datetime | None = None, end: datetime | None = None
@@ -163,7 +164,7 @@ class ControlPlane:
         params = {name: str(int(at.timestamp() * unit)) for name, at in bounds.items()}
         path = "/sandboxes/{id}/metrics"
         response = await self._send("metrics", "GET", path, sandbox_id, running=True, params=params)
-        return wire.parsed_rows(Metric, response, "metrics", sandbox_id)
+        return wire.rows(Metric, response.content, "metrics", sandbox_id)
 
     async def snapshot(self, sandbox_id: str, *, name: str | None = None) -> SnapshotInfo:
         """Takes a snapshot of a running sandbox, which runs on; the snapshot outlives it.
@@ -183,7 +184,7 @@ class ControlPlane:
         more: dict[str, Any] = {"body": {"name": name} if name else {}, "idempotent": False, "deadline": LONG_REQUEST}
         path = "/sandboxes/{id}/snapshots"
         response = await self._send("snapshot", "POST", path, sandbox_id, running=True, **more)
-        return wire.parsed(SnapshotInfo, response, "snapshot", sandbox_id)
+        return wire.present(SnapshotInfo, response.content, "snapshot", sandbox_id)
 
     async def list_snapshots(self, *, sandbox_id: str | None = None) -> AsyncIterator[SnapshotInfo]:
         """All snapshots of this key, newest first, fetched page by page.
@@ -193,9 +194,11 @@ class ControlPlane:
         """
         self.dialect.require("list_snapshots")
         params = {"sandboxID": sandbox_id} if sandbox_id else {}
-        async for rows in wire.pages(self.transport, "list_snapshots", "/snapshots", params, SnapshotInfo):
-            for row in rows:
-                yield row
+        found = wire.pages(
+            self.transport, "list_snapshots", "/snapshots", params, SnapshotInfo, attrgetter("snapshot_id")
+        )
+        async for row in found:
+            yield row
 
     async def delete_snapshot(self, snapshot_id: str) -> bool:
         """Deletes a snapshot (or whatever template has this id); sandboxes made from it live on.
@@ -210,7 +213,7 @@ class ControlPlane:
         left = await self._left(op, more.get("deadline"))
         try:
             response = await self._send(op, "POST", f"/sandboxes/{{id}}/{op}", sandbox_id, **more)
-            wire.done(response, op, sandbox_id)
+            wire.done(response.content, op, sandbox_id)
         except ConflictError:
             if await self._state(op, sandbox_id, left()) != "paused":
                 raise
@@ -221,7 +224,7 @@ class ControlPlane:
 
     async def _delete(self, op: str, path: str, sandbox_id: str | None = None) -> bool:
         try:
-            wire.done(await self._send(op, "DELETE", path, sandbox_id), op, sandbox_id)
+            wire.done((await self._send(op, "DELETE", path, sandbox_id)).content, op, sandbox_id)
         except NotFoundError:
             return False
 
