@@ -79,6 +79,8 @@ INSIDE: Mapping[str, tuple[str, str]] = {
     "commands.connect": ("POST", "/process.Process/Connect"),
     "commands.list": ("POST", "/process.Process/List"),
     "commands.kill": ("POST", "/process.Process/SendSignal"),
+    "send_stdin": ("POST", "/process.Process/SendInput"),
+    "close_stdin": ("POST", "/process.Process/CloseStdin"),
     "files.read": ("GET", "/files"),
     "files.write": ("POST", "/files"),
     "files.list": ("POST", "/filesystem.Filesystem/ListDir"),
@@ -469,7 +471,7 @@ def envd() -> Iterator[Case]:
     """What a daemon that is called may answer."""
     for code, (status, error, retryable) in CODES.items():
         more = {"error_code": code} if issubclass(error, APIError) else {}
-        for verb in ("commands.run", "commands.list", "files.move", "files.write"):
+        for verb in ("commands.run", "commands.list", "send_stdin", "close_stdin", "files.move", "files.write"):
             yield Case(verb=verb, answer=word(status, code), error=error, retryable=retryable, more=more, named=code)
 
         ending = streamed(end={"error": {"code": code, "message": f"because {SPOKEN}"}})
@@ -500,6 +502,12 @@ def envd() -> Iterator[Case]:
         )
         page = plain(404, f"404 page not found {SPOKEN}")
         yield Case(verb=verb, answer=page, error=ProtocolError, says="domain", named="404 in other words")
+
+    for verb in ("send_stdin", "close_stdin", "commands.kill", "files.move"):
+        # Nobody knows whether it was done, and what was put in must not be put in again.
+        yield Case(
+            verb=verb, answer=Answer(ending="deaf"), error=TransportError, retryable=None, says="may have happened"
+        )
 
     begun = streamed(*PROCESS[:2], ending="cut")
     for info, cls, retryable in (
@@ -573,7 +581,8 @@ async def _fails(
     assert str(error).endswith((".", ".'", '."'))
     assert dict(case.more) == {name: getattr(error, name) for name in case.more}
     assert not case.sent or case.sent == len([request for request in recorder.asked(path) if request.method == method])
-    assert error.op == case.verb.partition(" ")[0]
+    op = case.verb.partition(" ")[0]
+    assert error.op == (f"commands.{op}" if op.endswith("_stdin") else op)
     nowhere = {"create", "list", "list_snapshots", "delete_snapshot"}
     assert error.sandbox_id == (None if case.verb in nowhere else ID)
     shown = "".join(traceback.format_exception(error)) + repr(error) + repr(vars(error)) + repr(client) + caplog.text
