@@ -6,8 +6,7 @@ import contextlib
 import hashlib
 import json
 import resource
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -27,27 +26,13 @@ from sandbox_tools.errors import (
 )
 from sandbox_tools.models import Stderr, Stdout
 from tests.client.loopback import ABORT, DONE, HANG, HEAD, Loopback, Step, chunk, end, envelope, nothing_left, plain
-from tests.client.loopback import reaching as reaching_loopback
-from tests.machine import PATIENCE, Box, EngineProcess
-
-
-@pytest.fixture(scope="module")
-def box(engine: EngineProcess) -> Iterator[Box]:
-    box = engine.create()
-    yield box
-    box.kill()
+from tests.machine import PATIENCE, Box
 
 
 @pytest.fixture
-async def client(engine: EngineProcess) -> AsyncIterator[Client]:
-    async with Client(provider="local", state_dir=engine.state) as client:
-        yield client
-
-
-@pytest.fixture
-async def sandbox(client: Client, box: Box) -> AsyncIterator[Sandbox]:
+async def sandbox(on_engine: Client, box: Box) -> AsyncIterator[Sandbox]:
     """The same for all that leave it as they found it, which is without any process."""
-    sandbox = await client.connect(box.id)
+    sandbox = await on_engine.connect(box.id)
     yield sandbox
     await until_nothing_runs(sandbox)
 
@@ -216,8 +201,8 @@ async def test_a_command_without_input_says_so_and_one_that_has_ended_is_not_fou
         await sandbox.commands.connect(99_999)
 
 
-async def test_a_background_command_survives_a_pause_and_its_handle_says_why_it_broke(client: Client) -> None:
-    sandbox = await client.create("base")
+async def test_a_background_command_survives_a_pause_and_its_handle_says_why_it_broke(on_engine: Client) -> None:
+    sandbox = await on_engine.create("base")
     try:
         command = await sandbox.commands.start("read; echo $REPLY", stdin=True, timeout=None)
         await sandbox.pause()
@@ -235,8 +220,8 @@ async def test_a_background_command_survives_a_pause_and_its_handle_says_why_it_
         await sandbox.kill()
 
 
-async def test_a_command_whose_sandbox_is_killed_says_that_it_is_gone(client: Client) -> None:
-    sandbox = await client.create("base")
+async def test_a_command_whose_sandbox_is_killed_says_that_it_is_gone(on_engine: Client) -> None:
+    sandbox = await on_engine.create("base")
     command = await sandbox.commands.start("sleep 1000")
     await sandbox.kill()
 
@@ -259,12 +244,6 @@ def said(text: bytes, stream: str = "stdout") -> bytes:
 
 
 BEGUN = event(start={"pid": 7})
-
-
-@pytest.fixture
-async def both(state: Path) -> AsyncIterator[tuple[Loopback, Sandbox]]:
-    async with reaching_loopback(state) as (loopback, sandbox):
-        yield loopback, sandbox
 
 
 async def test_the_timeout_holds_where_the_server_does_not_keep_it(both: tuple[Loopback, Sandbox]) -> None:

@@ -15,7 +15,7 @@ from sandbox_tools.client.control import KNOWN_SIZES
 from sandbox_tools.client.dialects import DIALECTS, PPIO_LEGACY, Dialect
 from sandbox_tools.errors import APIError, CapacityError, ConfigError, ProtocolError, SandboxError, ServerError
 from sandbox_tools.models import SandboxInfo
-from tests.client.conftest import NOW
+from tests.client.server import NOW
 
 Answer = Callable[[httpx.Request], httpx.Response]
 

@@ -22,7 +22,7 @@ from sandbox_tools.errors import (
     ServerError,
     TransportError,
 )
-from tests.client.conftest import NOW
+from tests.client.server import NOW
 from tests.machine import EngineProcess
 
 
