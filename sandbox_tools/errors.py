@@ -11,13 +11,14 @@
       APIError                          the server said no: status_code, error_code, request_id
         AuthenticationError             401
         AccessDeniedError               403
-        NotFoundError                   404
+        NotFoundError                   404: of a template, snapshot, file, context or process
+          SandboxNotFoundError          404 of the sandbox itself, and so a SandboxExpiredError too
         ConflictError                   409
         RateLimitError                  429, retry_after
         ServerError                     5xx
           CapacityError                 503
       SandboxStateError                 the sandbox is not in the state the call needs
-        SandboxExpiredError             it existed and is gone
+        SandboxExpiredError             it is gone for certain: no other error says so
         SandboxBusyError                leases are held, or a transition is in progress
         StateLostError                  resumed, but memory or files are not what was paused
       OwnershipError                    bound to another thread or owner
@@ -131,7 +132,11 @@ class AccessDeniedError(APIError):
 
 
 class NotFoundError(APIError):
-    """Raised when the server knows no such thing (404)."""
+    """Raised when the server knows no such thing (404).
+
+    Only as a `SandboxNotFoundError` does it speak of the sandbox. Otherwise that may be there, and nobody may conclude
+    from this that a new one is needed.
+    """
 
 
 class ConflictError(APIError):
@@ -161,7 +166,14 @@ class SandboxStateError(SandboxError):
 
 
 class SandboxExpiredError(SandboxStateError):
-    """Raised when the sandbox existed and is gone: its timeout, a kill, or the end of its retention."""
+    """Raised when the sandbox is gone for certain: its timeout, a kill, or the end of its retention.
+
+    Only this class, with its subclass, may lead to a new sandbox in the place of the old.
+    """
+
+
+class SandboxNotFoundError(SandboxExpiredError, NotFoundError):
+    """Raised when the control plane knows no such sandbox (404): it is gone, or its id is another key's or wrong."""
 
 
 class SandboxBusyError(SandboxStateError):

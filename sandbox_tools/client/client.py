@@ -20,14 +20,14 @@ from sandbox_tools.client.dialects import Dialect, choose
 from sandbox_tools.client.local import LocalEngine
 from sandbox_tools.client.retries import may_have_happened
 from sandbox_tools.client.sandbox import Sandbox
-from sandbox_tools.client.transport import IDEMPOTENCY_KEY, LONG_REQUEST, Transport
+from sandbox_tools.client.transport import IDEMPOTENCY_KEY, LONG_REQUEST, Transport, in_time
 from sandbox_tools.errors import (
     APIError,
     ConfigError,
     ConflictError,
-    NotFoundError,
     ProtocolError,
     SandboxError,
+    SandboxNotFoundError,
     SandboxStateError,
     TransportError,
     error_for_status,
@@ -83,10 +83,7 @@ class Client(ControlPlane):
         on_wait: Callable[[str], None] | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        if request_timeout <= 0:
-            msg = f"`request_timeout` is {request_timeout!r}. Pass a positive number of seconds."
-            raise ConfigError(msg)
-
+        wire.positive(None, "request_timeout", request_timeout)
         self.dialect, self.address = choose(provider, api_key=api_key, api_url=api_url)
         engine = None
         if self.dialect.default_domain is None and not self.address.url_named and transport is None:
@@ -163,7 +160,7 @@ class Client(ControlPlane):
             CreateRequest,
             "create",
             template_id=template or DEFAULT_TEMPLATE,
-            timeout=wire.seconds("create", timeout),
+            timeout=wire.positive("create", "timeout", timeout),
             auto_pause=auto_pause,
             auto_pause_memory=pause_memory or not auto_pause,
             auto_resume=AutoResume(enabled=True) if auto_resume else None,
@@ -172,14 +169,19 @@ class Client(ControlPlane):
             allow_internet_access=None if internet else False,
         )
         body = self.dialect.create_body(request, secure=secure)
-        if idempotency_key is not None and (made := await self._made_with(key, timeout)):
-            return made
+        left = await self._left("create", self._long - self._look)
+        if idempotency_key is not None:
+            async with in_time("create", left()):
+                made = await self._made_with(key, timeout)
+
+            if made:
+                return made
 
         headers = {IDEMPOTENCY_KEY: key} if self.dialect.idempotency_header else {}
-        more: dict[str, Any] = {"body": body, "headers": headers, "deadline": self._long - self._look}
+        more: dict[str, Any] = {"body": body, "headers": headers, "deadline": left()}
         try:
             response = await self._send("create", "POST", self.dialect.create_path, idempotent=False, **more)
-            return Sandbox(self, self._known(wire.parsed(SandboxGrant, response, "create")))
+            return Sandbox(self, self._known(wire.present(SandboxGrant, response.content, "create")))
         except (TransportError, APIError) as error:
             if error.retryable is not None and not may_have_happened(error):
                 raise
@@ -201,7 +203,7 @@ class Client(ControlPlane):
             timeout: Seconds from now until its end; never shortens that of a running one.
 
         Raises:
-            NotFoundError: It is gone.
+            SandboxNotFoundError: It is gone.
         """
         grant, resumed = await self.grant(sandbox_id, timeout=timeout)
         sandbox = Sandbox(self, grant)
@@ -216,13 +218,13 @@ class Client(ControlPlane):
         Returns:
             Also whether it may just have been resumed; False means that it certainly ran before.
         """
-        body = wire.body(ConnectRequest, "connect", timeout=wire.seconds("connect", timeout)).model_dump()
+        body = wire.body(ConnectRequest, "connect", timeout=wire.positive("connect", "timeout", timeout)).model_dump()
         body.update(self.dialect.connect_with)
         path = self.dialect.connect_path
         response = await self._send("connect", "POST", path, sandbox_id, body=body, deadline=self._long)
         # Behind a repeated attempt, "it runs" may be the work of an earlier one whose answer was lost.
         resumed = response.status_code != 200 or response.extensions["attempts"] > 1
-        return self._known(wire.parsed(SandboxGrant, response, "connect", sandbox_id)), resumed
+        return self._known(wire.present(SandboxGrant, response.content, "connect", sandbox_id)), resumed
 
     async def fork(
         self, sandbox_id: str, *, count: int = 1, timeout: int = DEFAULT_TIMEOUT
@@ -237,21 +239,21 @@ class Client(ControlPlane):
             timeout: Seconds from now until the end of each.
 
         Raises:
-            NotFoundError: The original is gone.
-            ConflictError: It is paused.
+            SandboxNotFoundError: The original is gone.
+            ConflictError, SandboxStateError: It is paused.
         """
         if not 1 <= count <= 100:
             msg = f"`count` of `fork` is {count!r}. Pass 1 to 100."
             raise ConfigError(msg, op="fork", sandbox_id=sandbox_id)
 
-        body = {"timeout": wire.seconds("fork", timeout), "count": count, **self.dialect.fork_with}
+        body = {"timeout": wire.positive("fork", "timeout", timeout), "count": count, **self.dialect.fork_with}
         more: dict[str, Any] = {"body": body, "idempotent": False, "deadline": self._long}
-        response = await self._send("fork", "POST", self.dialect.fork_path, sandbox_id, **more)
+        response = await self._send("fork", "POST", self.dialect.fork_path, sandbox_id, running=True, **more)
         if response.content.lstrip()[:1] == b"{":
-            made = wire.parsed(CloneResult, response, "fork", sandbox_id).sandboxes
+            made = wire.present(CloneResult, response.content, "fork", sandbox_id).sandboxes
             results = [ForkResult(sandbox=grant) for grant in made]
         else:
-            results = wire.parsed_rows(ForkResult, response, "fork", sandbox_id)
+            results = wire.rows(ForkResult, response.content, "fork", sandbox_id)
 
         results += [ForkResult()] * (count - len(results))
         return [self._copy(result, sandbox_id) for result in results]
@@ -274,7 +276,7 @@ class Client(ControlPlane):
             msg = f"Several sandboxes bear the idempotency key {key!r}: {found}. Connect to the one you mean."
             raise SandboxStateError(msg, op="create")
 
-        with suppress(NotFoundError):
+        with suppress(SandboxNotFoundError):
             return await self.connect(found[0], timeout=timeout) if found else None
 
         return None

@@ -42,14 +42,8 @@ ENVELOPE = struct.Struct(">BI")
 LAST = 0x02
 """The flag of the message that ends a stream."""
 
-_EVENTS: dict[str, type[Started | Stdout | Stderr | Result | Failure | Keepalive | Ended]] = {
-    "number_of_executions": Started,
-    "stdout": Stdout,
-    "stderr": Stderr,
-    "result": Result,
-    "error": Failure,
-    "keepalive": Keepalive,
-    "end_of_execution": Ended,
+_EVENTS: dict[str, type[ExecutionEvent]] = {
+    cls.model_fields["type"].default: cls for cls in (Started, Stdout, Stderr, Result, Failure, Keepalive, Ended)
 }
 
 # Servers write `type` as the first field or as the last. Quotes inside a string are escaped, so neither pattern can
@@ -74,8 +68,6 @@ class EventDecoder:
         self._sandbox_id = sandbox_id
         self._line = bytearray()
         self._dropped = 0
-        self._head = b""
-        self._tail = b""
 
     def feed(self, chunk: bytes) -> Iterator[ExecutionEvent]:
         """The events that this chunk completes.
@@ -96,39 +88,30 @@ class EventDecoder:
         line, dropped = bytes(self._line), self._dropped
         self._line.clear()
         self._dropped = 0
-        event = self._placeholder(dropped) if dropped else _parse(line, self._sandbox_id)
+        event = _placeholder(line, dropped + len(line)) if dropped else _parse(line, self._sandbox_id)
         if event is not None:
             yield event
 
     def _extend(self, piece: bytes) -> None:
-        if not self._dropped:
-            if len(self._line) + len(piece) <= self._max_line:
-                self._line += piece
-                return
+        self._line += piece
+        if self._dropped or len(self._line) > self._max_line:
+            self._dropped += len(self._line)
+            del self._line[_PEEK:-_PEEK]
+            self._dropped -= len(self._line)
 
-            self._head = bytes(self._line[:_PEEK] + piece[:_PEEK])[:_PEEK]
-            self._tail = bytes(self._line[-_PEEK:])
-            self._dropped = len(self._line)
-            self._line.clear()
 
-        self._dropped += len(piece)
-        self._tail = (self._tail + piece[-_PEEK:])[-_PEEK:]
-
-    def _placeholder(self, dropped: int) -> ExecutionEvent:
-        found = _TYPE_FIRST.search(self._head) or _TYPE_LAST.search(self._tail)
-        kind = found.group(1) if found else b"result"
-        if kind == b"stdout":
-            return Stdout(text="", omitted_bytes=dropped)
-
-        if kind == b"stderr":
-            return Stderr(text="", omitted_bytes=dropped)
-
-        if kind == b"error":
-            value = f"The code raised an exception whose text of {dropped} bytes was left out."
+def _placeholder(ends: bytes, size: int) -> ExecutionEvent:
+    found = _TYPE_FIRST.search(ends[:_PEEK]) or _TYPE_LAST.search(ends[-_PEEK:])
+    match found and found[1]:
+        case b"stdout":
+            return Stdout(text="", omitted_bytes=size)
+        case b"stderr":
+            return Stderr(text="", omitted_bytes=size)
+        case b"error":
+            value = f"The code raised an exception whose text of {size} bytes was left out."
             return Failure(name="OversizedError", value=value)
-
-        # Nothing else of the protocol can be this long.
-        return Result(omitted_bytes=dropped)
+        case _:  # Nothing else of the protocol can be this long.
+            return Result(omitted_bytes=size)
 
 
 def _parse(line: bytes, sandbox_id: str | None) -> ExecutionEvent | None:

@@ -6,25 +6,17 @@ import asyncio
 import base64
 import builtins
 import codecs
+import uuid
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import TypeAdapter
-
 from sandbox_tools.client import rpc
 from sandbox_tools.client.codec import ExecutionCollector
-from sandbox_tools.client.exchange import parsed
 from sandbox_tools.client.sockets import completed
-from sandbox_tools.errors import (
-    ConfigError,
-    ExecutionTimeoutError,
-    NotFoundError,
-    ProtocolError,
-    SandboxError,
-    TransportError,
-)
+from sandbox_tools.client.wire import parsed, positive, was_there
+from sandbox_tools.errors import ExecutionTimeoutError, ProtocolError, SandboxError, TransportError
 from sandbox_tools.models import CommandResult, ProcessInfo, Stderr, Stdout
 
 if TYPE_CHECKING:
@@ -33,10 +25,13 @@ if TYPE_CHECKING:
 END_TIMEOUT = 5.0
 """Seconds to kill a command that nobody waits for any more."""
 
+STARTING = (0.0, 0.1, 0.4)
+"""Seconds before each look for a command whose start was cancelled: what asks for it may arrive later than a look."""
+
 INPUT_PIECE = 1024 * 1024
 """Bytes of input in one message; envd takes a few MiB."""
 
-_PROCESSES = TypeAdapter(list[ProcessInfo])
+Events = AsyncGenerator[dict[str, Any], None]
 
 Told = Callable[[str], None]
 """Called with each piece of output as it arrives."""
@@ -64,8 +59,8 @@ class Commands:
     ) -> CommandResult:
         """Runs a command of bash to its end; one that fails is a result with another `exit_code` than 0.
 
-        It is never sent twice. If this is cancelled, the command is killed, unless its start was not yet known: then
-        only its `timeout` ends it.
+        It is never sent twice. If this is cancelled, the command is killed, also where nobody has heard of its start
+        yet: it is looked for half a second long, and what starts still later is ended by its `timeout` alone.
 
         Args:
             cwd: None: the user's home.
@@ -89,7 +84,7 @@ class Commands:
             raise
         except BaseException:
             # Cancelled, or a callback raised: nobody is left who could end it.
-            await completed(command._end())
+            await completed(self._end_soon({"pid": command.pid}))
             raise
         finally:
             await command.disconnect()
@@ -107,16 +102,20 @@ class Commands:
         on_stderr: Told | None = None,
     ) -> Command:
         """Starts a command in the background; arguments and errors are those of `run`."""
-        if timeout is not None and timeout <= 0:
-            msg = f"`timeout` is {timeout!r}. Pass a positive number of seconds, or None for no limit."
-            raise ConfigError(msg, op="commands.run", sandbox_id=self._sandbox.id)
-
+        op = "commands.run"
+        positive(op, "timeout", timeout, self._sandbox.id)
         process: dict[str, Any] = {"cmd": "/bin/bash", "args": ["-l", "-c", cmd]}
         process |= {name: value for name, value in (("envs", dict(env or {})), ("cwd", cwd)) if value}
-        message = {"process": process, "stdin": stdin}
-        op = "commands.run"
+        tag = uuid.uuid4().hex
+        message = {"process": process, "stdin": stdin, "tag": tag}
         events = rpc.stream(self._sandbox, "process.Process/Start", message, user=user, timeout=timeout, op=op)
-        command = await self._followed(events, op, on_stdout, on_stderr)
+        try:
+            command = await self._followed(events, op, {Stdout: on_stdout, Stderr: on_stderr})
+        except (asyncio.CancelledError, ExecutionTimeoutError):
+            # It may be starting all the same, and nobody would ever know its id.
+            await completed(self._end_soon({"tag": tag}, STARTING))
+            raise
+
         self.started.add(command.pid)
         return command
 
@@ -128,7 +127,7 @@ class Commands:
         """
         op = "commands.connect"
         events = rpc.stream(self._sandbox, "process.Process/Connect", {"process": {"pid": pid}}, op=op)
-        return await self._followed(events, op, on_stdout, on_stderr)
+        return await self._followed(events, op, {Stdout: on_stdout, Stderr: on_stderr})
 
     async def kill(self, pid: int) -> bool:
         """Kills a command and the processes of its group.
@@ -136,26 +135,30 @@ class Commands:
         Returns:
             True: killed. False: none of that id was running.
         """
-        message = {"process": {"pid": pid}, "signal": "SIGNAL_SIGKILL"}
-        try:
-            await rpc.unary(self._sandbox, "process.Process/SendSignal", message, op="commands.kill")
-        except NotFoundError:
-            return False
-
-        return True
+        return await self._kill({"pid": pid})
 
     async def list(self) -> builtins.list[ProcessInfo]:
         """The commands that run, whoever started them."""
         answer = await rpc.unary(self._sandbox, "process.Process/List", {}, op="commands.list")
-        return parsed(self._sandbox, "commands.list", _PROCESSES.validate_python, answer.get("processes", []))
+        return parsed(list[ProcessInfo], answer.get("processes", []), "commands.list", self._sandbox.id)
 
-    async def _followed(
-        self, events: AsyncGenerator[dict[str, Any], None], op: str, on_stdout: Told | None, on_stderr: Told | None
-    ) -> Command:
+    async def _kill(self, process: Mapping[str, int | str]) -> bool:
+        message = {"process": process, "signal": "SIGNAL_SIGKILL"}
+        return await was_there(rpc.unary(self._sandbox, "process.Process/SendSignal", message, op="commands.kill"))
+
+    async def _end_soon(self, process: Mapping[str, int | str], looks: Sequence[float] = (0.0,)) -> None:
+        """Kills it, if that can be done soon; `looks` says after how many seconds each it is looked for."""
+        with suppress(SandboxError, TimeoutError):
+            async with asyncio.timeout(END_TIMEOUT):
+                for pause in looks:
+                    await asyncio.sleep(pause)
+                    if await self._kill(process):
+                        return
+
+    async def _followed(self, events: Events, op: str, told: Mapping[Any, Told | None]) -> Command:
         first: Any = await anext(events, {})
         try:
-            pid = int(first["event"]["start"]["pid"])
-            return Command(self._sandbox, pid, events, op, on_stdout, on_stderr)
+            return Command(self._sandbox, int(first["event"]["start"]["pid"]), events, op, told)
         except (TypeError, KeyError, ValueError) as error:
             await events.aclose()
             msg = f"The answer to `{op}` does not begin with a process id. Look at what runs."
@@ -169,20 +172,12 @@ class Command:
     the way are full. `disconnect` lets it run on, and so does leaving an `async with` of it.
     """
 
-    def __init__(
-        self,
-        sandbox: Sandbox,
-        pid: int,
-        events: AsyncGenerator[dict[str, Any], None],
-        op: str,
-        on_stdout: Told | None = None,
-        on_stderr: Told | None = None,
-    ) -> None:
+    def __init__(self, sandbox: Sandbox, pid: int, events: Events, op: str, told: Mapping[Any, Told | None]) -> None:
         self.pid = pid
         self._sandbox = sandbox
         self._events = events
         self._op = op
-        self._told = {Stdout: on_stdout, Stderr: on_stderr}
+        self._told = told
         utf8 = codecs.getincrementaldecoder("utf-8")
         self._decoders = {Stdout: utf8("replace"), Stderr: utf8("replace")}
         self._pieces: deque[Stdout | Stderr] = deque()
@@ -204,7 +199,8 @@ class Command:
                 message = await anext(self._events)
             except ExecutionTimeoutError as error:
                 error.partial = self._collector.execution()
-                await completed(self._end())  # for a server that does not keep to the limit
+                # For a server that does not keep to the limit.
+                await completed(self._sandbox.commands._end_soon({"pid": self.pid}))
                 raise
 
             self._pieces.extend(self._read(message))
@@ -233,7 +229,7 @@ class Command:
 
         seen = self._collector.execution().model_dump(include=set(CommandResult.model_fields))
         end = {"exit_code": self._ended.get("exitCode", 0), "error": self._ended.get("error")}
-        return parsed(self._sandbox, self._op, CommandResult.model_validate, seen | end)
+        return parsed(CommandResult, seen | end, self._op, self._sandbox.id)
 
     async def kill(self) -> bool:
         """As `Commands.kill`."""
@@ -267,12 +263,6 @@ class Command:
     async def _ask(self, method: str, op: str, **more: Any) -> None:
         message = {"process": {"pid": self.pid}, **more}
         await rpc.unary(self._sandbox, f"process.Process/{method}", message, op=op)
-
-    async def _end(self) -> None:
-        """Kills it, if that can be done soon."""
-        with suppress(SandboxError, TimeoutError):
-            async with asyncio.timeout(END_TIMEOUT):
-                await self.kill()
 
     def _read(self, message: dict[str, Any]) -> Iterator[Stdout | Stderr]:
         try:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import builtins
 import urllib.parse
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from datetime import datetime
+from operator import attrgetter
 from typing import Any
 
 import httpx
@@ -13,7 +15,7 @@ import httpx
 from sandbox_tools.client import wire
 from sandbox_tools.client.dialects import Dialect
 from sandbox_tools.client.transport import LONG_REQUEST, Call, Transport
-from sandbox_tools.errors import ConflictError, NotFoundError, SandboxStateError
+from sandbox_tools.errors import ConflictError, NotFoundError, SandboxError, SandboxStateError
 from sandbox_tools.models import Metric, SandboxInfo, SnapshotInfo, State, TimeoutRequest
 
 KNOWN_SIZES = 4096
@@ -45,7 +47,7 @@ class ControlPlane:
             True: paused by this call. False: it was paused already (or by an attempt whose answer was lost).
 
         Raises:
-            NotFoundError: It is gone.
+            SandboxNotFoundError: It is gone.
             ConflictError: It is in a transition that forbids a pause.
             ConfigError: The provider has no pause without memory.
         """
@@ -64,7 +66,7 @@ class ControlPlane:
             True: it stands still. False: it is paused already.
 
         Raises:
-            NotFoundError: It is gone.
+            SandboxNotFoundError: It is gone.
             ConflictError: A stream to it is open (code, a command, a WebSocket), or it is in a transition.
         """
         return await self._unless_paused("freeze", sandbox_id)
@@ -84,10 +86,10 @@ class ControlPlane:
             deadline: Seconds. None: `request_timeout`.
 
         Raises:
-            NotFoundError: It is gone.
+            SandboxNotFoundError: It is gone.
         """
         response = await self._send("info", "GET", "/sandboxes/{id}", sandbox_id, deadline=deadline)
-        return self._own(wire.parsed(SandboxInfo, response, "info", sandbox_id))
+        return self._own(wire.present(SandboxInfo, response.content, "info", sandbox_id))
 
     async def list(
         self,
@@ -118,16 +120,16 @@ class ControlPlane:
             params["startedAfter"] = wire.moment("list", "started_after", started_after).isoformat()
 
         wanted = {name: value for name, value in params.items() if value}
-        async for rows in wire.pages(self.transport, "list", "/v2/sandboxes", wanted, SandboxInfo):
-            for row in rows:
-                # Asked for already, but a server that ignores a filter must not widen what the caller acts on.
-                if (
-                    (state is None or row.state == state)
-                    and (not metadata or metadata.items() <= row.metadata.items())
-                    and (template is None or template in (row.template_id.removesuffix(":default"), row.alias))
-                    and (started_after is None or row.started_at > started_after)
-                ):
-                    yield self._own(row)
+        found = wire.pages(self.transport, "list", "/v2/sandboxes", wanted, SandboxInfo, attrgetter("sandbox_id"))
+        async for row in found:
+            # Asked for already, but a server that ignores a filter must not widen what the caller acts on.
+            if (
+                (state is None or row.state == state)
+                and (not metadata or metadata.items() <= row.metadata.items())
+                and (template is None or template in (row.template_id.removesuffix(":default"), row.alias))
+                and (started_after is None or row.started_at > started_after)
+            ):
+                yield self._own(row)
 
     async def set_timeout(self, sandbox_id: str, timeout: int) -> None:
         """Moves the end of a running sandbox, later or earlier.
@@ -136,25 +138,13 @@ class ControlPlane:
             timeout: Seconds from now. 0: it ends at once (paused or killed, as `create` was told).
 
         Raises:
-            NotFoundError: It is gone.
+            SandboxNotFoundError: It is gone.
             SandboxStateError: It is paused, and so has no end to move.
         """
         body = wire.body(TimeoutRequest, "set_timeout", timeout=timeout).model_dump()
-        try:
-            response = await self._send("set_timeout", "POST", "/sandboxes/{id}/timeout", sandbox_id, body=body)
-            wire.done(response, "set_timeout", sandbox_id)
-        except NotFoundError as error:
-            # The wire says 404 for a paused one too, and a caller who believed that would start anew.
-            try:
-                state = (await self.info(sandbox_id)).state
-            except NotFoundError:
-                raise error from None
-
-            if state != "paused":
-                raise
-
-            msg = f"`set_timeout` needs a running sandbox, and {sandbox_id!r} is paused. Connect to it first."
-            raise SandboxStateError(msg, op="set_timeout", sandbox_id=sandbox_id) from error
+        path = "/sandboxes/{id}/timeout"
+        response = await self._send("set_timeout", "POST", path, sandbox_id, running=True, body=body)
+        wire.done(response.content, "set_timeout", sandbox_id)
 
     async def metrics(
         self, sandbox_id: str, *, start: datetime | None = None, end: datetime | None = None
@@ -166,13 +156,15 @@ class ControlPlane:
             end: With a time zone. None: until now.
 
         Raises:
-            NotFoundError: It is gone.
+            SandboxNotFoundError: It is gone.
+            SandboxStateError: It is paused, and the provider has none then.
         """
         bounds = {name: wire.moment("metrics", name, at) for name, at in (("start", start), ("end", end)) if at}
         unit = self.dialect.metrics_per_second
         params = {name: str(int(at.timestamp() * unit)) for name, at in bounds.items()}
-        response = await self._send("metrics", "GET", "/sandboxes/{id}/metrics", sandbox_id, params=params)
-        return wire.parsed_rows(Metric, response, "metrics", sandbox_id)
+        path = "/sandboxes/{id}/metrics"
+        response = await self._send("metrics", "GET", path, sandbox_id, running=True, params=params)
+        return wire.rows(Metric, response.content, "metrics", sandbox_id)
 
     async def snapshot(self, sandbox_id: str, *, name: str | None = None) -> SnapshotInfo:
         """Takes a snapshot of a running sandbox, which runs on; the snapshot outlives it.
@@ -183,15 +175,16 @@ class ControlPlane:
             name: Leads to the newest snapshot that has it. None: only its id does.
 
         Raises:
-            NotFoundError: The sandbox is gone.
-            ConflictError: It is paused.
+            SandboxNotFoundError: The sandbox is gone.
+            ConflictError, SandboxStateError: It is paused.
         """
         if name:
             self.dialect.require("snapshot(name)")
 
         more: dict[str, Any] = {"body": {"name": name} if name else {}, "idempotent": False, "deadline": LONG_REQUEST}
-        response = await self._send("snapshot", "POST", "/sandboxes/{id}/snapshots", sandbox_id, **more)
-        return wire.parsed(SnapshotInfo, response, "snapshot", sandbox_id)
+        path = "/sandboxes/{id}/snapshots"
+        response = await self._send("snapshot", "POST", path, sandbox_id, running=True, **more)
+        return wire.present(SnapshotInfo, response.content, "snapshot", sandbox_id)
 
     async def list_snapshots(self, *, sandbox_id: str | None = None) -> AsyncIterator[SnapshotInfo]:
         """All snapshots of this key, newest first, fetched page by page.
@@ -201,9 +194,11 @@ class ControlPlane:
         """
         self.dialect.require("list_snapshots")
         params = {"sandboxID": sandbox_id} if sandbox_id else {}
-        async for rows in wire.pages(self.transport, "list_snapshots", "/snapshots", params, SnapshotInfo):
-            for row in rows:
-                yield row
+        found = wire.pages(
+            self.transport, "list_snapshots", "/snapshots", params, SnapshotInfo, attrgetter("snapshot_id")
+        )
+        async for row in found:
+            yield row
 
     async def delete_snapshot(self, snapshot_id: str) -> bool:
         """Deletes a snapshot (or whatever template has this id); sandboxes made from it live on.
@@ -215,11 +210,12 @@ class ControlPlane:
         return await self._delete("delete_snapshot", path)
 
     async def _unless_paused(self, op: str, sandbox_id: str, **more: Any) -> bool:
+        left = await self._left(op, more.get("deadline"))
         try:
             response = await self._send(op, "POST", f"/sandboxes/{{id}}/{op}", sandbox_id, **more)
-            wire.done(response, op, sandbox_id)
+            wire.done(response.content, op, sandbox_id)
         except ConflictError:
-            if (await self.info(sandbox_id)).state != "paused":
+            if await self._state(op, sandbox_id, left()) != "paused":
                 raise
 
             return False
@@ -228,20 +224,54 @@ class ControlPlane:
 
     async def _delete(self, op: str, path: str, sandbox_id: str | None = None) -> bool:
         try:
-            wire.done(await self._send(op, "DELETE", path, sandbox_id), op, sandbox_id)
+            wire.done((await self._send(op, "DELETE", path, sandbox_id)).content, op, sandbox_id)
         except NotFoundError:
             return False
 
         return True
 
     async def _send(
-        self, op: str, method: str, path: str, sandbox_id: str | None = None, **more: Any
+        self, op: str, method: str, path: str, sandbox_id: str | None = None, *, running: bool = False, **more: Any
     ) -> httpx.Response:
-        self.dialect.require(op)
+        """Sends one call to the control plane.
+
+        Args:
+            running: Whether it needs a running sandbox. The wire says 404 for a paused one too, and a caller who
+                believed that would start anew.
+        """
         if sandbox_id is not None:
             path = path.format(id=wire.path_part(op, sandbox_id))
 
-        return await self.transport.send(Call(op=op, method=method, path=path, sandbox_id=sandbox_id, **more))
+        left = await self._left(op, more.get("deadline"))
+        try:
+            return await self.transport.send(
+                Call(op=op, method=method, path=path, sandbox_id=sandbox_id, believed=not running, **more)
+            )
+        except NotFoundError as error:
+            if not running or sandbox_id is None:
+                raise
+
+            if await self._state(op, sandbox_id, left()) != "paused":
+                raise
+
+            msg = f"`{op}` needs a running sandbox, and {sandbox_id!r} is paused. Connect to it first."
+            raise SandboxStateError(msg, op=op, sandbox_id=sandbox_id) from error
+
+    async def _state(self, op: str, sandbox_id: str, deadline: float) -> State:
+        """Looks for the sake of another verb, whose failure it is if that fails."""
+        try:
+            return (await self.info(sandbox_id, deadline=deadline)).state
+        except SandboxError as error:
+            error.op = op
+            raise
+
+    async def _left(self, op: str, deadline: float | None) -> Callable[[], float]:
+        """Tells the seconds that are left of a call's time, to which the start of a local engine does not count."""
+        self.dialect.require(op)
+        await self.transport.ready()
+        clock = asyncio.get_running_loop().time
+        end = clock() + (self.transport.request_timeout if deadline is None else deadline)
+        return lambda: end - clock()
 
     def _own(self, info: SandboxInfo) -> SandboxInfo:
         own_id = self.dialect.sandbox_id(info.sandbox_id, info.client_id)

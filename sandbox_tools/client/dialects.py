@@ -300,7 +300,8 @@ def choose(
     """
     environ = os.environ if environ is None else environ
     dialect = provider if isinstance(provider, Dialect) else _dialect(provider, api_key, api_url, environ)
-    named, domain = api_url or environ.get(dialect.url_env), _domain(dialect, environ)
+    named, region = api_url or environ.get(dialect.url_env), environ.get(dialect.region_env or "")
+    domain = dialect.region_domain.format(region=region) if region else environ.get(dialect.domain_env or "")
     if dialect.self_hosted and (named or domain):
         # A cluster's sandboxes live beside its API; the provider's own domain must not be sent their tokens.
         host = urllib.parse.urlsplit(named or "").hostname or ""
@@ -310,21 +311,17 @@ def choose(
     else:
         domain = domain or dialect.default_domain
 
-    key = _key(dialect, api_key, environ)
-    insecure = bool(dialect.insecure_env) and environ.get(dialect.insecure_env or "", "").lower() == "true"
+    insecure = environ.get(dialect.insecure_env or "", "").lower() == "true"
     insecure = insecure or (not dialect.key_needed and (named or "").startswith("http:"))
     scheme = "http" if insecure else "https"
     url = (named or (f"{scheme}://api.{domain}" if domain else "http://localhost")).rstrip("/")
-    sandbox_url = environ.get(dialect.sandbox_url_env) if dialect.sandbox_url_env else None
-    if dialect.default_domain is None:
-        sandbox_url = url
-
+    sandbox_url = environ.get(dialect.sandbox_url_env or "", "").rstrip("/")
     address = Address(
         api_url=url,
-        api_key=key,
+        api_key=_key(dialect, api_key, environ),
         domain=domain,
         scheme=scheme,
-        sandbox_url=sandbox_url.rstrip("/") if sandbox_url else None,
+        sandbox_url=url if dialect.default_domain is None else sandbox_url or None,
         url_named=bool(named),
     )
     return dialect.by_domain.get(domain or "", dialect), address
@@ -354,13 +351,13 @@ def _dialect(provider: str | None, api_key: str | None, api_url: str | None, env
 
 
 def _key(dialect: Dialect, api_key: str | None, environ: Mapping[str, str]) -> str | None:
-    names = " and ".join(f"`{name}`" for name in dialect.key_env)
-    found = {value for name in dialect.key_env if (value := environ.get(name))}
-    if not api_key and len(found) > 1:
+    found = {api_key} if api_key else {value for name in dialect.key_env if (value := environ.get(name))}
+    key = next(iter(found), None)
+    if len(found) > 1:
+        names = " and ".join(f"`{name}`" for name in dialect.key_env)
         msg = f"{names} hold different keys for {dialect.name!r}. Unset one, or pass `api_key`."
         raise ConfigError(msg)
 
-    key = api_key or next(iter(found), None)
     if key is None and dialect.key_needed and dialect.default_domain is not None:
         own = f" A cluster of your own needs only its URL: `{dialect.url_env}`." if dialect.self_hosted else ""
         msg = f"There is no API key for {dialect.name!r}. Set `{dialect.key_env[0]}` or pass `api_key`.{own}"
@@ -371,11 +368,3 @@ def _key(dialect: Dialect, api_key: str | None, environ: Mapping[str, str]) -> s
         raise ConfigError(msg)
 
     return key
-
-
-def _domain(dialect: Dialect, environ: Mapping[str, str]) -> str | None:
-    region = environ.get(dialect.region_env) if dialect.region_env else None
-    if region:
-        return dialect.region_domain.format(region=region)
-
-    return environ.get(dialect.domain_env) or None if dialect.domain_env else None

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import httpx
-from pydantic import ValidationError
 
 from sandbox_tools.client.codec import decoded
-from sandbox_tools.client.retries import may_have_happened, retry_after
+from sandbox_tools.client.retries import may_have_happened
 from sandbox_tools.client.sockets import Sockets, close
 from sandbox_tools.errors import (
     APIError,
     ConnectError,
-    NotFoundError,
     ProtocolError,
     RequestTimeoutError,
     SandboxBusyError,
@@ -29,8 +27,6 @@ from sandbox_tools.errors import (
 
 if TYPE_CHECKING:
     from sandbox_tools.client.sandbox import Sandbox
-
-T = TypeVar("T")
 
 LOOK_TIMEOUT = 10.0
 """Seconds to find out why something failed."""
@@ -62,7 +58,6 @@ async def exchange(
     port: int,
     path: str,
     *,
-    headers: Mapping[str, str] | None = None,
     end: float | None = None,
     late: SandboxError | None = None,
     **content: Any,
@@ -80,23 +75,12 @@ async def exchange(
         TransportError: The connection broke for another reason.
         APIError: The answer is no.
     """
-    url, own = sandbox._at(port)
-    transport, headers = sandbox._client.transport, {**own, **(headers or {})}
     response: httpx.Response | None = None
     sockets = Sockets()
     try:
         # The limit is around each wait, not around a `yield`: it must not cancel the consumer's own code.
         async with asyncio.timeout_at(end) as limit:
-            response = await transport.open(
-                op,
-                method,
-                url + path,
-                headers=headers,
-                sandbox_id=sandbox.id,
-                fresh=sandbox._resumed_lately,
-                extensions=sockets.extensions,
-                **content,
-            )
+            response = await sandbox._open(op, method, port, path, extensions=sockets.extensions, **content)
             if not response.is_success:
                 raise refusal(sandbox, op, response, await _beginning(response), late)
 
@@ -117,11 +101,12 @@ async def exchange(
         if error is late or isinstance(error, ConnectError):
             raise
 
-        failed = error if isinstance(error, SandboxError) else transport.translated(error, op, sandbox.id)
-        if (found := await cut(sandbox, failed)) is error:
+        translated = sandbox._client.transport.translated
+        failed = error if isinstance(error, SandboxError) else translated(error, op, sandbox.id)
+        if (why := await cut(sandbox, failed)) is error:
             raise
 
-        raise found from failed.__cause__ or error
+        raise why from failed.__cause__ or error
     finally:
         if response is not None:
             await close(response)
@@ -157,21 +142,11 @@ async def whole(op: str, chunks: AsyncGenerator[bytes, None], limit: float) -> b
     return bytes(body)
 
 
-def parsed(sandbox: Sandbox, op: str, parse: Callable[[Any], T], answer: Any) -> T:
-    """What pydantic makes of an answer."""
-    try:
-        return parse(answer)
-    except ValidationError:
-        quoted = sandbox._client.transport.quoted(str(answer))[:200]
-        msg = f"`{op}` was answered with {quoted!r}, which is not of the protocol. Check the template."
-        raise ProtocolError(msg, op=op, sandbox_id=sandbox.id) from None
-
-
 def refusal(
     sandbox: Sandbox, op: str, response: httpx.Response, body: bytes, late: SandboxError | None
 ) -> SandboxError:
     """What an answer means that is no success: the sandbox's own, or of what lies between; often plain text."""
-    status = response.status_code
+    transport, status = sandbox._client.transport, response.status_code
     try:
         said = decoded(body, op)
     except ProtocolError:
@@ -179,36 +154,26 @@ def refusal(
     if isinstance(said.get("code"), str):
         return failure(sandbox, op, said, late)
 
-    text = sandbox._client.transport.quoted(str(said.get("message") or body.decode("utf-8", "replace")))[:200]
+    text = transport.quoted(str(said.get("message") or body.decode("utf-8", "replace")))[:200]
     own = said.get("code") == status and text.startswith("path ")
     if own or (status == 404 and "Context" in text and "not found" in text):
         return _no(sandbox, op, status, text)
 
+    about: dict[str, Any] = {"op": op, "sandbox_id": sandbox.id}
     if status == 404:
         # Not the word of the sandbox, so nobody may conclude from it that something is gone.
         msg = f"`{op}` was answered with status 404 and {text!r}. Check the sandbox's template and domain."
-        return ProtocolError(msg, op=op, sandbox_id=sandbox.id)
+        return ProtocolError(msg, **about)
 
     if status == 409:
-        msg = f"The sandbox is just changing its state: {text!r}. Try again in a moment."
-        return SandboxBusyError(msg, op=op, sandbox_id=sandbox.id)
+        return SandboxBusyError(f"The sandbox is just changing its state: {text!r}. Try again in a moment.", **about)
 
     if status == 502 and "was not found" in text:
         msg = f"The sandbox's address does not lead to it now, and `{op}` did not begin. Try again."
-        return TransportError(msg, op=op, sandbox_id=sandbox.id, retryable=True)
+        return TransportError(msg, **about, retryable=True)
 
     msg = f"`{op}` was refused with status {status}: {text!r}. Look at the sandbox's state, then try again."
-    wait = retry_after(response.headers.get("retry-after"))
-    slug = said.get("error_code")
-    error = error_for_status(status)(
-        msg,
-        status_code=status,
-        error_code=sandbox._client.transport.quoted(slug) if isinstance(slug, str) else None,
-        request_id=sandbox._client.transport.request_id(response),
-        retry_after=wait,
-        op=op,
-        sandbox_id=sandbox.id,
-    )
+    error = transport.refused(error_for_status(status), msg, response, said.get("error_code"), op, sandbox.id)
     if may_have_happened(error):
         error.retryable = None  # a 503 of something in between, behind which the code may have run
 
@@ -234,7 +199,7 @@ async def cut(sandbox: Sandbox, error: SandboxError) -> SandboxError:
     """Why something broke off: the sandbox is gone, it is paused, or, if neither is known, `error` itself."""
     try:
         info = await sandbox._client.info(sandbox.id, deadline=LOOK_TIMEOUT)
-    except NotFoundError:
+    except SandboxExpiredError:
         msg = "The sandbox is gone: its time ran out or it was killed. Create a new one; its state is lost."
         return SandboxExpiredError(msg, op=error.op, sandbox_id=sandbox.id)
     except (APIError, TransportError):

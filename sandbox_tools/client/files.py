@@ -6,13 +6,12 @@ import builtins
 import math
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Annotated, Any
-
-from pydantic import Field, TypeAdapter
+from typing import TYPE_CHECKING, Any
 
 from sandbox_tools.client import rpc
-from sandbox_tools.client.exchange import MAX_ANSWER, exchange, parsed, whole
-from sandbox_tools.errors import ConfigError, ConflictError, NotFoundError
+from sandbox_tools.client.exchange import MAX_ANSWER, exchange, whole
+from sandbox_tools.client.wire import parsed, positive, was_there
+from sandbox_tools.errors import ConflictError
 from sandbox_tools.models import ENVD_PORT, EntryInfo, WrittenFile
 
 if TYPE_CHECKING:
@@ -20,10 +19,6 @@ if TYPE_CHECKING:
 
 PIECE = 256 * 1024
 """Bytes that are sent at a time."""
-
-_WRITTEN = TypeAdapter(Annotated[list[WrittenFile], Field(min_length=1)])
-_ENTRY = TypeAdapter(EntryInfo)
-_ENTRIES = TypeAdapter(list[EntryInfo])
 
 
 class Files:
@@ -83,7 +78,7 @@ class Files:
                 # Whatever it is, it is the caller's: one of httpx's own must not pass for a failure of this request.
                 raise failed.error from None
 
-        return parsed(self._sandbox, "files.write", _WRITTEN.validate_json, reply)[0]
+        return parsed(tuple[WrittenFile], reply, "files.write", self._sandbox.id)[0]
 
     async def list(self, path: str, *, depth: int = 1, user: str | None = None) -> builtins.list[EntryInfo]:
         """What is in a directory, by name, each directory followed by what is in it; links are not gone through.
@@ -91,26 +86,18 @@ class Files:
         Args:
             depth: Levels to go down; 1 is the directory itself.
         """
-        if depth < 1:
-            msg = f"`depth` is {depth!r}. Pass 1 for the directory itself, or more."
-            raise ConfigError(msg, op="files.list", sandbox_id=self._sandbox.id)
-
+        positive("files.list", "depth", depth, self._sandbox.id)
         answer = await self._ask("ListDir", "files.list", user, path=path, depth=depth)
-        return parsed(self._sandbox, "files.list", _ENTRIES.validate_python, answer.get("entries", []))
+        return parsed(list[EntryInfo], answer.get("entries", []), "files.list", self._sandbox.id)
 
     async def info(self, path: str, *, user: str | None = None) -> EntryInfo:
         """Looks at a file, directory or link."""
         answer = await self._ask("Stat", "files.info", user, path=path)
-        return parsed(self._sandbox, "files.info", _ENTRY.validate_python, answer.get("entry"))
+        return parsed(EntryInfo, answer.get("entry"), "files.info", self._sandbox.id)
 
     async def exists(self, path: str, *, user: str | None = None) -> bool:
         """Whether something is there, be it a link that leads nowhere."""
-        try:
-            await self.info(path, user=user)
-        except NotFoundError:
-            return False
-
-        return True
+        return await was_there(self.info(path, user=user))
 
     async def make_dir(self, path: str, *, user: str | None = None) -> bool:
         """Makes a directory and those above it.
@@ -131,7 +118,7 @@ class Files:
     async def move(self, source: str, destination: str, *, user: str | None = None) -> EntryInfo:
         """Moves or renames, and makes the directories above the destination; a file that is there is replaced."""
         answer = await self._ask("Move", "files.move", user, source=source, destination=destination)
-        return parsed(self._sandbox, "files.move", _ENTRY.validate_python, answer.get("entry"))
+        return parsed(EntryInfo, answer.get("entry"), "files.move", self._sandbox.id)
 
     async def remove(self, path: str, *, user: str | None = None) -> None:
         """Removes a file, or a directory with all that is in it; nothing being there is no error."""

@@ -39,33 +39,28 @@ async def unary(
     service_method: str,
     message: Mapping[str, Any],
     *,
+    op: str,
     user: str | None = None,
     timeout: float = 60.0,
-    op: str,
 ) -> dict[str, Any]:
     """One message there and one back. Only a pure read is repeated after a byte has left.
 
     Args:
         service_method: Such as `"filesystem.Filesystem/Stat"`.
+        op: The caller's verb, for errors.
         user: Who it is done as. None: the sandbox's default user.
         timeout: Seconds for all of it.
-        op: The caller's verb, for errors.
 
     Raises:
         APIError: envd said no; `error_code` is Connect's word for why.
         RequestTimeoutError, SandboxStateError, TransportError: As `exchange.ask`.
     """
-    answer = await ask(
-        sandbox,
-        op,
-        "POST",
-        ENVD_PORT,
-        f"/{service_method}",
-        timeout=timeout,
-        headers=_headers("application/json", user, timeout),
-        content=json.dumps(message).encode(),
-        idempotent=service_method in _READS,
-    )
+    content: dict[str, Any] = {
+        "headers": _headers("application/json", user, timeout),
+        "content": json.dumps(message).encode(),
+        "idempotent": service_method in _READS,
+    }
+    answer = await ask(sandbox, op, "POST", ENVD_PORT, f"/{service_method}", timeout=timeout, **content)
     return decoded(answer, op)
 
 
@@ -74,9 +69,9 @@ async def stream(
     service_method: str,
     message: Mapping[str, Any],
     *,
+    op: str,
     user: str | None = None,
     timeout: float | None = None,
-    op: str,
 ) -> AsyncGenerator[dict[str, Any], None]:
     """One message there and many back, on a connection of its own, which closing the generator closes.
 
@@ -91,20 +86,15 @@ async def stream(
     late = ExecutionTimeoutError(msg, op=op, sandbox_id=sandbox.id)
     data = json.dumps(message).encode()
     signs = {"Connect-Content-Encoding": "identity", "Keepalive-Ping-Interval": str(KEEPALIVE)}
-    chunks = exchange(
-        sandbox,
-        op,
-        "POST",
-        ENVD_PORT,
-        f"/{service_method}",
-        headers=_headers("application/connect+json", user, timeout) | signs,
-        content=ENVELOPE.pack(0, len(data)) + data,
-        end=None if timeout is None else asyncio.get_running_loop().time() + timeout + GRACE,
-        late=late,
-        timeout=SILENCE,
-    )
+    content: dict[str, Any] = {
+        "headers": _headers("application/connect+json", user, timeout) | signs,
+        "content": ENVELOPE.pack(0, len(data)) + data,
+        "end": None if timeout is None else asyncio.get_running_loop().time() + timeout + GRACE,
+        "late": late,
+        "timeout": SILENCE,
+    }
     decoder = EnvelopeDecoder(op)
-    async with aclosing(chunks):
+    async with aclosing(exchange(sandbox, op, "POST", ENVD_PORT, f"/{service_method}", **content)) as chunks:
         async for chunk in chunks:
             for each, last in decoder.feed(chunk):
                 if not last:

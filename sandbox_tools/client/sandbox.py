@@ -8,23 +8,21 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing, suppress
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import httpx
-from pydantic import BaseModel, TypeAdapter
 
 from sandbox_tools.client import sentinel
 from sandbox_tools.client.codec import EventDecoder, ExecutionCollector
 from sandbox_tools.client.commands import Commands
-from sandbox_tools.client.exchange import ask, cut, exchange, parsed
+from sandbox_tools.client.exchange import ask, cut, exchange
 from sandbox_tools.client.files import Files
 from sandbox_tools.client.sockets import close
 from sandbox_tools.client.transport import KEEPALIVE_EXPIRY
-from sandbox_tools.client.wire import path_part
+from sandbox_tools.client.wire import parsed, path_part, positive, was_there
 from sandbox_tools.errors import (
     ConfigError,
     ExecutionTimeoutError,
-    NotFoundError,
     ProtocolError,
     SandboxError,
     StateLostError,
@@ -56,14 +54,6 @@ UNREADY = frozenset((409, 502, 503, 504))
 
 READY_LIMIT = 5.0
 """Seconds that a sandbox which was just resumed is given to answer at its own address."""
-
-
-class _Contexts(BaseModel):
-    contexts: list[CodeContext]  # PPIO may put the list into an object
-
-
-_CONTEXT = TypeAdapter(CodeContext)
-_CONTEXTS: TypeAdapter[list[CodeContext] | _Contexts] = TypeAdapter(list[CodeContext] | _Contexts)
 
 
 class Sandbox:
@@ -141,27 +131,24 @@ class Sandbox:
         Closing the generator closes the connection, which interrupts the code. Arguments and errors are those of
         `run_code`; the time the consumer takes counts too.
         """
-        if timeout is not None and timeout <= 0:
-            msg = f"`timeout` is {timeout!r}. Pass a positive number of seconds, or None for no limit."
-            raise ConfigError(msg, op="run_code", sandbox_id=self.id)
-
+        op = "run_code"
+        positive(op, "timeout", timeout, self.id)
         if context is not None and language is not None:
             msg = "A context has a language already. Pass `context` or `language`, not both."
-            raise ConfigError(msg, op="run_code", sandbox_id=self.id)
+            raise ConfigError(msg, op=op, sandbox_id=self.id)
 
+        msg = (
+            f"The code ran longer than its `timeout` of {timeout or 0:g} s and was interrupted. Pass a longer one, or "
+        )
+        msg += "let it work in the background; its variables are kept."
+        late = ExecutionTimeoutError(msg, op=op, sandbox_id=self.id)
+        end = None if timeout is None else asyncio.get_running_loop().time() + timeout
         body = {"code": code, "context_id": context, "language": language, "env_vars": dict(env) if env else None}
         decoder = EventDecoder(sandbox_id=self.id)
-        chunks = exchange(
-            self,
-            "run_code",
-            "POST",
-            INTERPRETER_PORT,
-            "/execute",
-            json=body,
-            end=None if timeout is None else asyncio.get_running_loop().time() + timeout,
-            late=self._too_long(timeout),
-        )
-        async with aclosing(chunks):
+        path = "/execute"
+        async with aclosing(
+            exchange(self, op, "POST", INTERPRETER_PORT, path, json=body, end=end, late=late)
+        ) as chunks:
             while True:
                 chunk = await anext(chunks, None)
                 for event in decoder.close() if chunk is None else decoder.feed(chunk):
@@ -172,7 +159,7 @@ class Sandbox:
 
                 if chunk is None:
                     msg = "The answer to `run_code` ended before the code did. Run something small to see what is left."
-                    raise await cut(self, ProtocolError(msg, op="run_code", sandbox_id=self.id))
+                    raise await cut(self, ProtocolError(msg, op=op, sandbox_id=self.id))
 
     async def create_context(self, *, language: str | None = None, cwd: str | None = None) -> CodeContext:
         """Makes a code context: variables of its own, for `run_code(context=...)`.
@@ -183,15 +170,17 @@ class Sandbox:
             language: None: Python.
             cwd: Where its code begins. None: the sandbox's own default.
         """
+        op = "create_context"
         body = {name: value for name, value in (("language", language), ("cwd", cwd)) if value is not None}
-        answer = await ask(self, "create_context", "POST", INTERPRETER_PORT, "/contexts", json=body)
-        return parsed(self, "create_context", _CONTEXT.validate_json, answer)
+        answer = await ask(self, op, "POST", INTERPRETER_PORT, "/contexts", json=body)
+        return parsed(CodeContext, answer, op, self.id)
 
     async def list_contexts(self) -> list[CodeContext]:
         """All code contexts, the default ones included."""
-        answer = await ask(self, "list_contexts", "GET", INTERPRETER_PORT, "/contexts")
-        rows = parsed(self, "list_contexts", _CONTEXTS.validate_json, answer)
-        return rows if isinstance(rows, list) else rows.contexts
+        op = "list_contexts"
+        rows = parsed(object, await ask(self, op, "GET", INTERPRETER_PORT, "/contexts"), op, self.id)
+        # PPIO may put the list into an object.
+        return parsed(list[CodeContext], rows.get("contexts") if isinstance(rows, dict) else rows, op, self.id)
 
     async def restart_context(self, context_id: str) -> None:
         """Ends a context's code and variables, and starts it afresh under the same id.
@@ -205,12 +194,7 @@ class Sandbox:
     async def remove_context(self, context_id: str) -> bool:
         """Ends a context. False: there was none of that id."""
         op = "remove_context"
-        try:
-            await ask(self, op, "DELETE", INTERPRETER_PORT, f"/contexts/{path_part(op, context_id)}")
-        except NotFoundError:
-            return False
-
-        return True
+        return await was_there(ask(self, op, "DELETE", INTERPRETER_PORT, f"/contexts/{path_part(op, context_id)}"))
 
     def url(self, port: int) -> str:
         """The URL of a server inside that listens on `port`, for any HTTP client that sends `headers(port)` with it.
@@ -294,32 +278,18 @@ class Sandbox:
     async def _until_ready(self) -> None:
         """Returns once a sandbox that was just resumed answers at its own address, or after `READY_LIMIT` seconds."""
         self._resumed_at = time.monotonic()
-        url, headers = self._at(ENVD_PORT)
         pause = 0.02
         with suppress(TimeoutError):
             async with asyncio.timeout(READY_LIMIT):
                 while True:
                     with suppress(TransportError):
-                        response = await self._client.transport.open(
-                            "resume",
-                            "GET",
-                            url + "/health",
-                            headers=headers,
-                            sandbox_id=self.id,
-                            fresh=True,
-                            timeout=1.0,
-                        )
+                        response = await self._open("resume", "GET", ENVD_PORT, "/health", timeout=1.0)
                         await close(response)
                         if response.status_code not in UNREADY:
                             return
 
                     await asyncio.sleep(pause)
                     pause = min(2 * pause, 0.5)
-
-    @property
-    def _resumed_lately(self) -> bool:
-        """Whether a connection from before the pause may be kept still, which leads nowhere."""
-        return time.monotonic() - self._resumed_at < KEEPALIVE_EXPIRY
 
     async def freeze(self) -> bool:
         """As `Client.freeze`."""
@@ -356,12 +326,15 @@ class Sandbox:
         url = client.dialect.sandbox_url(client.address, self._grant, port)
         return url, client.dialect.sandbox_headers(self._grant, port)
 
-    def _too_long(self, timeout: float | None) -> ExecutionTimeoutError:
-        msg = (
-            f"The code ran longer than its `timeout` of {timeout or 0:g} s and was interrupted; its variables are "
-            "kept. Pass a longer `timeout`, or let it work in the background."
-        )
-        return ExecutionTimeoutError(msg, op="run_code", sandbox_id=self.id)
+    async def _open(
+        self, op: str, method: str, port: int, path: str, *, headers: Mapping[str, str] | None = None, **content: Any
+    ) -> httpx.Response:
+        """As `Transport.open`, at one of its ports."""
+        url, own = self._at(port)
+        content["headers"] = {"Accept-Encoding": "identity", **own, **(headers or {})}
+        # A connection from before the pause may be kept still, which leads nowhere.
+        fresh = time.monotonic() - self._resumed_at < KEEPALIVE_EXPIRY
+        return await self._client.transport.open(op, self.id, method, url + path, fresh=fresh, **content)
 
 
 async def _drain(chunks: AsyncGenerator[bytes, None]) -> None:

@@ -8,9 +8,10 @@ import re
 import time
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter
+from pydantic import BaseModel, ConfigDict
 
-from sandbox_tools.client.exchange import ask, parsed
+from sandbox_tools.client.exchange import ask
+from sandbox_tools.client.wire import parsed
 from sandbox_tools.errors import NotFoundError, SandboxError, StateLostError
 from sandbox_tools.models import ENVD_PORT
 
@@ -26,8 +27,6 @@ come back with the memory. No kernel, process or namespace of the user's holds i
 # Not the user's: in a directory that all may write to, Linux lets nobody write to another's file, nor remove it
 # (proc(5), `protected_regular`), and files in `/dev/shm` that are a user's go when that user logs out (logind.conf(5)).
 OWNER = "root"
-
-_WRITTEN = TypeAdapter(list[dict[str, object]])
 
 LIMIT = 5.0
 """Seconds that planting or checking may take; a sandbox that is slower than that is paused or resumed unverified."""
@@ -68,7 +67,7 @@ async def plant(sandbox: Sandbox, *, memory: bool = True) -> Sentinel | None:
     try:
         params = {"username": OWNER}
         answer = await ask(sandbox, "pause", "POST", ENVD_PORT, "/files", params=params, files=files, timeout=LIMIT)
-        parsed(sandbox, "pause", _WRITTEN.validate_json, answer)  # the login page of a network has written nothing
+        parsed(list[dict[str, object]], answer, "pause")  # the login page of a network has written nothing
     except SandboxError as error:
         log.info("%s is paused without a sentinel: %s", sandbox.id, error)
         return before.model_copy(update={"memory": memory and before.memory}) if before else None

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 import urllib.parse
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
@@ -25,11 +25,13 @@ from sandbox_tools.client.retries import (
 )
 from sandbox_tools.client.sockets import whole
 from sandbox_tools.errors import (
+    APIError,
     ConfigError,
     ConnectError,
     ProtocolError,
     RequestTimeoutError,
     SandboxError,
+    SandboxNotFoundError,
     TransportError,
     error_for_status,
 )
@@ -52,20 +54,16 @@ QUOTED = 500
 # Below the 5 s after which common servers close an idle connection, so that none is used while it is being closed.
 KEEPALIVE_EXPIRY = 2.0
 
-# The most specific class wins. `tests/client/test_transport.py` walks httpx's own tree and names each class's fate.
-TRANSLATIONS: dict[type[Exception], type[SandboxError]] = {
-    httpx.ConnectTimeout: ConnectError,
-    httpx.PoolTimeout: ConnectError,
-    httpx.ConnectError: ConnectError,
-    httpx.ProxyError: ConnectError,
-    httpx.TimeoutException: RequestTimeoutError,
-    httpx.UnsupportedProtocol: ConfigError,
-    httpx.InvalidURL: ConfigError,
-    httpx.LocalProtocolError: ConfigError,
-    httpx.DecodingError: ProtocolError,
-    httpx.TooManyRedirects: ProtocolError,
-    httpx.HTTPError: TransportError,
+# The first that fits. `tests/client/test_transport.py` walks httpx's own tree and names each class's fate.
+_TRANSLATIONS: dict[type[SandboxError], tuple[type[Exception], ...]] = {
+    ConnectError: (httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ConnectError, httpx.ProxyError),
+    RequestTimeoutError: (httpx.TimeoutException,),
+    ConfigError: (httpx.UnsupportedProtocol, httpx.InvalidURL, httpx.LocalProtocolError),
+    ProtocolError: (httpx.DecodingError, httpx.TooManyRedirects),
+    TransportError: (httpx.HTTPError,),
 }
+
+FOREIGN = (httpx.HTTPError, httpx.InvalidURL)
 
 _FATES: dict[type[SandboxError], str] = {
     ConnectError: "The server could not be reached. Check the address and the network, and try again.",
@@ -105,6 +103,8 @@ class Call:
     idempotent: bool = True
     """Whether doing it twice is the same as once. If not, it is repeated only where it certainly did not happen, or
     where the server is sent an `Idempotency-Key`."""
+    believed: bool = True
+    """Whether a 404 says that there is no such sandbox."""
     deadline: float | None = None
     """Seconds for the call with all its repeats. None: the client's `request_timeout`."""
 
@@ -127,19 +127,33 @@ class Transport:
         inner: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._address = address
-        self._request_timeout = request_timeout
+        self.request_timeout = request_timeout
         self._engine = engine
         self._secrets: dict[str, None] = {}
         self.keep_secret(address.api_key)
-        self.socket = socket = engine.socket if engine else None
+        self.socket = engine.socket if engine else None
+        network = not (engine or inner)
         # No certificates are read for a Unix socket: that takes longer than most calls on it.
-        verify = False if socket or inner else httpx.create_ssl_context()
-        # A URL that somebody named is meant literally; a provider's own may be behind the environment's proxy.
-        proxies = not (socket or inner or address.url_named)
-        self._pooled = _http(socket, inner, verify, proxies, kept=20)
+        verify = network and httpx.create_ssl_context()
+
+        def http(kept: int) -> httpx.AsyncClient:
+            # No limit to connections: a stream may be open for hours, and must not make others wait.
+            limits = httpx.Limits(max_keepalive_connections=kept, keepalive_expiry=KEEPALIVE_EXPIRY)
+            uds = str(self.socket) if self.socket else None
+            return httpx.AsyncClient(
+                transport=httpx.AsyncHTTPTransport(uds=uds, limits=limits, verify=False) if uds else inner,
+                verify=verify,
+                limits=limits,
+                timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT),
+                # A URL that somebody named is meant literally; a provider's own may be behind the environment's proxy.
+                trust_env=network and not address.url_named,
+                headers={"User-Agent": "sandbox-tools"},
+            )
+
+        self._pooled = http(kept=20)
         # For what is lost with a used connection: a create, which nobody could tell from one that arrived where the
         # server is just closing that; and all that is sent to a sandbox right after its resume.
-        self._fresh = _http(socket, inner, verify, proxies, kept=0)
+        self._fresh = http(kept=0)
 
     async def aclose(self) -> None:
         """Closes all connections."""
@@ -155,10 +169,10 @@ class Transport:
             TransportError: No usable answer came.
             APIError: The server said no.
         """
-        seconds = call.deadline or self._request_timeout
-        repeatable = call.idempotent or IDEMPOTENCY_KEY in call.headers
+        seconds = self.request_timeout if call.deadline is None else call.deadline
+        again = safe_to_repeat if call.idempotent or IDEMPOTENCY_KEY in call.headers else certainly_not_done
         http = self._pooled if call.idempotent else self._fresh
-        headers = {**call.headers, **({"X-API-KEY": self._address.api_key} if self._address.api_key else {})}
+        headers = {**call.headers, "X-API-KEY": self._address.api_key} if self._address.api_key else call.headers
         url = self._address.api_url + call.path
         if call.params:  # Encoded as httpx does it, which would take the URL apart once more.
             url += f"?{urllib.parse.urlencode(call.params)}"
@@ -175,8 +189,8 @@ class Transport:
                     response.extensions["attempts"] = attempts
                     return response
 
-                failure = self.refusal(response, op=call.op, sandbox_id=call.sandbox_id)
-            except (httpx.HTTPError, httpx.InvalidURL) as error:
+                failure = self.refusal(response, call)
+            except FOREIGN as error:
                 failure = self.translated(error, call.op, call.sandbox_id)
 
             # What one attempt may have done, no later one's failure undoes.
@@ -188,53 +202,35 @@ class Transport:
 
         async def repeated() -> httpx.Response:
             end = time.monotonic() + seconds
-            again = safe_to_repeat if repeatable else certainly_not_done
             try:
-                async with asyncio.timeout(seconds) as limit:
+                async with in_time(call.op, seconds, call.sandbox_id):
                     return await repeat(once, lambda error: again(error) and time.monotonic() + wait(error) < end)
-            except TimeoutError as error:
-                if not limit.expired():
-                    raise
-
+            except RequestTimeoutError as error:
                 if failure is not None:  # It came while the next attempt was waited for.
                     raise failure from error
 
-                msg = (
-                    f"`{call.op}` got no answer within {seconds:g} s, so it may have happened. "
-                    "Look at the sandbox's state before you try again."
-                )
-                raise RequestTimeoutError(msg, op=call.op, sandbox_id=call.sandbox_id) from error
+                raise
 
         return await self._with_engine(repeated)
 
     async def open(
-        self,
-        op: str,
-        method: str,
-        url: str,
-        *,
-        headers: Mapping[str, str],
-        sandbox_id: str,
-        idempotent: bool = False,
-        fresh: bool = False,
-        **content: Any,
+        self, op: str, sandbox_id: str, method: str, url: str, *, fresh: bool, idempotent: bool = False, **content: Any
     ) -> httpx.Response:
         """Sends one request to a sandbox; the caller reads the answer and closes it.
 
         Args:
-            idempotent: Whether it may be done twice. If not, it is sent again only if no connection came about.
             fresh: Whether it gets a connection of its own. False: one that was used less than `KEEPALIVE_EXPIRY`
                 seconds ago will do, if it still stands.
-            content: The body, and parameters, as httpx's `build_request` takes them.
+            idempotent: Whether it may be done twice. If not, it is sent again only if no connection came about.
+            content: Headers, parameters and the body, as httpx's `build_request` takes them.
         """
         http = self._fresh if fresh else self._pooled
-        headers = {"Accept-Encoding": "identity", **headers}
-        request = http.build_request(method, url, headers=headers, **content)
+        request = http.build_request(method, url, **content)
 
         async def once() -> httpx.Response:
             try:
                 return await http.send(request, stream=True)
-            except (httpx.HTTPError, httpx.InvalidURL) as error:
+            except FOREIGN as error:
                 failure = self.translated(error, op, sandbox_id)
 
             raise failure
@@ -242,9 +238,9 @@ class Transport:
         again = safe_to_repeat if idempotent else lambda error: isinstance(error, ConnectError)
         return await self._with_engine(lambda: repeat(once, again))
 
-    def refusal(self, response: httpx.Response, *, op: str, sandbox_id: str | None) -> SandboxError:
+    def refusal(self, response: httpx.Response, call: Call) -> SandboxError:
         """The error for an answer of the control plane that is not 2xx."""
-        status = response.status_code
+        status, about = response.status_code, call.sandbox_id
         try:
             body = ErrorBody.model_validate_json(response.content)
         except ValidationError:
@@ -252,27 +248,38 @@ class Transport:
             # a new sandbox could be made on its strength.
             if status < 500 and status not in (401, 403, 429):
                 msg = (
-                    f"`{op}` was answered with status {status} and {self.quoted(response.text)!r}, which is not of "
-                    "the protocol. Check the API URL."
+                    f"`{call.op}` was answered with status {status} and {self.quoted(response.text)!r}, which is not "
+                    "of the protocol. Check the API URL."
                 )
-                return ProtocolError(msg, op=op, sandbox_id=sandbox_id)
+                return ProtocolError(msg, op=call.op, sandbox_id=about)
 
             body = ErrorBody(code=status, message=response.text)
 
         advice = _ADVICE.get(status, "Try again later." if status >= 500 else "Check the arguments.")
-        if status == 404 and sandbox_id is None:
+        if status == 404 and about is None:
             advice = "Check the template or id that it was given."
 
-        msg = f"`{op}` was refused with status {status}: {self.quoted(body.message)!r}. {advice}"
-        return error_for_status(status)(
+        msg = f"`{call.op}` was refused with status {status}: {self.quoted(body.message)!r}. {advice}"
+        gone = status == 404 and about is not None and call.believed
+        cls = SandboxNotFoundError if gone else error_for_status(status)
+        error = self.refused(cls, msg, response, body.error_code, call.op, about)
+        said = response.headers.get("should-retry", "").strip().lower()
+        error.retryable = {"true": True, "false": False}.get(said, error.retryable)
+        return error
+
+    def refused(
+        self, cls: type[APIError], msg: str, response: httpx.Response, slug: object, op: str, sandbox_id: str | None
+    ) -> APIError:
+        """An error with all that an answer says of it."""
+        named = next((response.headers[name] for name in REQUEST_ID_HEADERS if name in response.headers), None)
+        return cls(
             msg,
-            status_code=status,
-            error_code=self.quoted(body.error_code) if body.error_code else None,
-            request_id=self.request_id(response),
+            status_code=response.status_code,
+            error_code=self.quoted(slug) if slug and isinstance(slug, str) else None,
+            request_id=self.quoted(named) if named else None,
             retry_after=retry_after(response.headers.get("retry-after")),
             op=op,
             sandbox_id=sandbox_id,
-            retryable={"true": True, "false": False}.get(response.headers.get("should-retry", "").strip().lower()),
         )
 
     def keep_secret(self, *tokens: str | None) -> None:
@@ -289,11 +296,6 @@ class Transport:
 
         return text[:QUOTED]
 
-    def request_id(self, response: httpx.Response) -> str | None:
-        """What the server calls the request in its logs."""
-        named = next((response.headers[name] for name in REQUEST_ID_HEADERS if name in response.headers), None)
-        return self.quoted(named) if named else None
-
     def translated(self, error: Exception, op: str, sandbox_id: str | None) -> SandboxError:
         """As `translate`, with the cause, and without secrets: the library quotes a malformed answer."""
         if (said := self.quoted(str(error))) != str(error)[:QUOTED]:
@@ -303,40 +305,44 @@ class Transport:
         failure.__cause__ = error
         return failure
 
-    async def _with_engine(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        if self._engine is None:
-            return await attempt()
+    async def ready(self) -> None:
+        """Returns once the server can be asked, which is at once unless it is a local engine that must be started."""
+        if self._engine:
+            await self._engine.ready()
 
-        await self._engine.ready()
+    async def _with_engine(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        await self.ready()
         try:
             return await attempt()
         except ConnectError:
+            if self._engine is None:
+                raise
+
             # An engine with nothing to do exits; the request never left, so the next one may have it.
             self._engine.lost()
             await self._engine.ready()
             return await attempt()
 
 
+@asynccontextmanager
+async def in_time(op: str, seconds: float, sandbox_id: str | None = None) -> AsyncIterator[None]:
+    """Raises a `RequestTimeoutError` in here after so many seconds."""
+    try:
+        async with asyncio.timeout(seconds) as limit:
+            yield
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+
+        msg = (
+            f"`{op}` got no answer within {max(seconds, 0):g} s, so it may have happened. "
+            "Look at the sandbox's state before you try again."
+        )
+        raise RequestTimeoutError(msg, op=op, sandbox_id=sandbox_id) from error
+
+
 def translate(error: Exception, *, op: str, sandbox_id: str | None) -> SandboxError:
     """What one of httpx's exceptions means to us. Its text is left out where it could quote a header."""
-    cls = next(TRANSLATIONS[parent] for parent in type(error).__mro__ if parent in TRANSLATIONS)
+    cls = next(ours for ours, theirs in _TRANSLATIONS.items() if isinstance(error, theirs))
     detail = "" if isinstance(error, httpx.LocalProtocolError) else f" ({error})" if str(error) else ""
     return cls(f"`{op}` failed: {type(error).__name__}{detail}. {_FATES[cls]}", op=op, sandbox_id=sandbox_id)
-
-
-def _http(
-    socket: Path | None, inner: httpx.AsyncBaseTransport | None, verify: Any, proxies: bool, *, kept: int
-) -> httpx.AsyncClient:
-    # No limit to connections: a stream may be open for hours, and must not make others wait.
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=kept, keepalive_expiry=KEEPALIVE_EXPIRY)
-    if socket:
-        inner = httpx.AsyncHTTPTransport(uds=str(socket), limits=limits, verify=verify)
-
-    return httpx.AsyncClient(
-        transport=inner,
-        verify=verify,
-        limits=limits,
-        timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT),
-        trust_env=proxies,
-        headers={"User-Agent": "sandbox-tools"},
-    )

@@ -1,36 +1,32 @@
-"""Between the control plane's bytes and our models: arguments into bodies, answers and pages into data."""
+"""Between bytes and our models: arguments into bodies, answers and pages into data."""
 
 from __future__ import annotations
 
 import functools
 import urllib.parse
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from datetime import datetime
-from operator import attrgetter
 from typing import Any, TypeVar
 
-import httpx
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from sandbox_tools.client.transport import Call, Transport
-from sandbox_tools.errors import ConfigError, ProtocolError
-from sandbox_tools.models import SandboxInfo, SnapshotInfo
+from sandbox_tools.errors import ConfigError, NotFoundError, ProtocolError
 
+T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
-R = TypeVar("R", SandboxInfo, SnapshotInfo)
+N = TypeVar("N", bound=float | None)
 
 IDLE_PAGES = 3
 """Pages in a row that may bring nothing new: one may be empty, or come twice."""
 
-_ANYTHING = TypeAdapter(Any)
-_OBJECT = TypeAdapter(dict[str, Any])
-_ROWS = TypeAdapter(list[dict[str, Any]] | None)
+_ROWS = list[dict[str, Any]] | None
 
 
 @functools.cache
-def _rows_of(model: type[M]) -> TypeAdapter[list[M]]:
-    return TypeAdapter(list[model])  # type: ignore[valid-type]
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 def body(model: type[M], op: str, **fields: object) -> M:
@@ -43,13 +39,13 @@ def body(model: type[M], op: str, **fields: object) -> M:
         raise ConfigError(msg, op=op) from None
 
 
-def seconds(op: str, timeout: int) -> int:
-    """A timeout that some time is left of."""
-    if timeout <= 0:
-        msg = f"`timeout` of `{op}` is {timeout!r}. Pass a positive number of seconds."
-        raise ConfigError(msg, op=op)
+def positive(op: str | None, name: str, value: N, sandbox_id: str | None = None) -> N:
+    """A number that is more than nothing, or None where that may be."""
+    if value is not None and value <= 0:
+        msg = f"`{name}` is {value!r}. Pass a positive number."
+        raise ConfigError(msg, op=op, sandbox_id=sandbox_id)
 
-    return timeout
+    return value
 
 
 def moment(op: str, name: str, value: datetime) -> datetime:
@@ -70,58 +66,75 @@ def path_part(op: str, identifier: str) -> str:
     return urllib.parse.quote(identifier, safe="")
 
 
-def done(response: httpx.Response, op: str, sandbox_id: str | None = None) -> None:
+async def was_there(work: Awaitable[object]) -> bool:
+    """Whether there was what that work is about."""
+    try:
+        await work
+    except NotFoundError:
+        return False
+
+    return True
+
+
+def parsed(kind: type[T], answer: Any, op: str, sandbox_id: str | None = None) -> T:
+    """An answer, in bytes or as data, that is of this kind.
+
+    Neither it nor pydantic's error is shown where it is not: they may hold an access token.
+    """
+    adapter = _adapter(kind)  # type: ignore[arg-type]
+    try:
+        parse = adapter.validate_json if isinstance(answer, bytes) else adapter.validate_python
+        return parse(answer)  # type: ignore[no-any-return]
+    except ValidationError:
+        size = f"{len(answer)} bytes" if isinstance(answer, bytes) else "data"
+        msg = f"`{op}` was answered with {size} not of the protocol. Check the API URL, the domain and the template."
+        raise ProtocolError(msg, op=op, sandbox_id=sandbox_id) from None
+
+
+def done(answer: bytes, op: str, sandbox_id: str | None = None) -> None:
     """An answer that holds nothing; the login page of a network in between is not one."""
-    try:
-        _ANYTHING.validate_json(response.content or b"null")
-    except ValidationError:
-        raise _shapeless(response, op, sandbox_id) from None
+    parsed(object, answer or b"null", op, sandbox_id)
 
 
-def parsed(model: type[M], response: httpx.Response, op: str, sandbox_id: str | None = None) -> M:
-    """The answer's one object."""
-    try:
-        return model.model_validate(_present(_OBJECT.validate_json(response.content)))
-    except ValidationError:
-        raise _shapeless(response, op, sandbox_id) from None
+def present(kind: type[T], answer: bytes, op: str, sandbox_id: str | None = None) -> T:
+    """An answer's one object, in which a null means the same as an absent field."""
+    return parsed(kind, _present(parsed(dict[str, Any], answer, op, sandbox_id)), op, sandbox_id)
 
 
-def parsed_rows(model: type[M], response: httpx.Response, op: str, sandbox_id: str | None = None) -> list[M]:
-    """The answer's array of objects."""
-    with suppress(ValidationError):
-        return _rows_of(model).validate_json(response.content)
+def rows(kind: type[T], answer: bytes, op: str, sandbox_id: str | None = None) -> list[T]:
+    """An answer's array of objects."""
+    with suppress(ProtocolError):
+        return parsed(list[kind], answer, op)  # type: ignore[valid-type]
 
     # Slower: with nulls, where the model has none.
-    try:
-        return [model.model_validate(_present(row)) for row in _ROWS.validate_json(response.content) or ()]
-    except ValidationError:
-        raise _shapeless(response, op, sandbox_id) from None
+    answered: list[dict[str, Any]] = parsed(_ROWS, answer, op, sandbox_id) or []  # type: ignore[arg-type]
+    return [parsed(kind, _present(row), op, sandbox_id) for row in answered]
 
 
 async def pages(
-    transport: Transport, op: str, path: str, params: Mapping[str, str], model: type[R]
-) -> AsyncIterator[list[R]]:
-    """Page by page the rows that are new, whatever the server repeats.
+    transport: Transport, op: str, path: str, params: Mapping[str, str], kind: type[T], identify: Callable[[T], str]
+) -> AsyncIterator[T]:
+    """The rows of all pages, each once, whatever the server repeats.
 
     Raises:
         ProtocolError: Its pages lead nowhere, so that rows may be missing.
     """
-    identifier = attrgetter("snapshot_id" if model is SnapshotInfo else "sandbox_id")
     seen: set[str] = set()
     idle = 0
     params = {"limit": "100", **params}
     while True:
         response = await transport.send(Call(op=op, method="GET", path=path, params=params))
-        rows = {identifier(row): row for row in parsed_rows(model, response, op)}
-        fresh = [row for key, row in rows.items() if key not in seen]
-        seen.update(rows)
-        yield fresh
+        before = len(seen)
+        for row in rows(kind, response.content, op):
+            if (key := identify(row)) not in seen:
+                seen.add(key)
+                yield row
 
         token = response.headers.get("x-next-token")
         if not token:
             return
 
-        idle = 0 if fresh else idle + 1
+        idle = 0 if len(seen) > before else idle + 1
         if idle == IDLE_PAGES:
             msg = f"`{op}` was given page after page that bring nothing new. Check what answers at the API URL."
             raise ProtocolError(msg, op=op)
@@ -130,15 +143,4 @@ async def pages(
 
 
 def _present(fields: dict[str, Any]) -> dict[str, Any]:
-    # On this wire a null means the same as an absent field.
     return {name: value for name, value in fields.items() if value is not None}
-
-
-def _shapeless(response: httpx.Response, op: str, sandbox_id: str | None) -> ProtocolError:
-    # Neither the body nor pydantic's error is shown: they may hold an access token.
-    kind = response.headers.get("content-type", "no content type")
-    msg = (
-        f"`{op}` was answered with status {response.status_code} and {len(response.content)} bytes of {kind!r} that "
-        "are not of the protocol. Check the API URL."
-    )
-    return ProtocolError(msg, op=op, sandbox_id=sandbox_id)

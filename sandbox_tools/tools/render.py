@@ -206,8 +206,10 @@ def render_error(error: SandboxError) -> Rendered:
         case StateLostError():
             lost = " and ".join(sorted(error.lost))
             return _failed(f"The sandbox woke, but its {lost} are not what they were. Check before you rely on them.")
-        case SandboxExpiredError() | NotFoundError():
+        case SandboxExpiredError():
             return _failed("The sandbox is gone, and its variables and files with it. The next call gets a new one.")
+        case NotFoundError() if error.sandbox_id is not None:
+            return _failed("The sandbox is there, and all in it, but not what this call needs. Look at what there is.")
         case SandboxStateError():
             return _failed("The sandbox fell asleep during this call. Call again, and look at what has been done.")
         case AuthenticationError() | AccessDeniedError() | ProtocolError():

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from urllib.parse import parse_qs
 
-from tests.client.conftest import Server, line
+from tests.client.server import Server, line
 
 _PART = re.compile(rb'filename="([^"]+)"\r\n(?:[^\r]+\r\n)*\r\n(.*?)\r\n--', re.DOTALL)
 

@@ -14,7 +14,7 @@ from typing import Any
 from sandbox_tools.client import Client, Sandbox
 from sandbox_tools.client.codec import ENVELOPE, LAST
 from sandbox_tools.errors import NotFoundError
-from tests.client.conftest import Server
+from tests.client.server import Server
 
 ABORT = "abort"
 """Breaks the connection."""

@@ -21,39 +21,33 @@ from sandbox_tools.errors import (
 )
 from sandbox_tools.models import ExecutionEvent, Stdout
 from tests.conftest import own_state
-from tests.machine import PATIENCE, EngineProcess
+from tests.machine import PATIENCE
 
 
 @pytest.fixture
-async def client(engine: EngineProcess) -> AsyncIterator[Client]:
-    async with Client(provider="local", state_dir=engine.state) as client:
-        yield client
-
-
-@pytest.fixture
-async def sandbox(client: Client) -> AsyncIterator[Sandbox]:
-    sandbox = await client.create(metadata={"k 1": "v&=/é"}, env={"GREETING": "hello"})
+async def sandbox(on_engine: Client) -> AsyncIterator[Sandbox]:
+    sandbox = await on_engine.create(metadata={"k 1": "v&=/é"}, env={"GREETING": "hello"})
     yield sandbox
     await sandbox.kill()
 
 
-async def test_variables_survive_a_pause_and_another_client_finds_them(sandbox: Sandbox, client: Client) -> None:
+async def test_variables_survive_a_pause_and_another_client_finds_them(sandbox: Sandbox, on_engine: Client) -> None:
     await sandbox.run_code("import os; x = 41")
     assert await sandbox.pause()
     assert not await sandbox.pause()
     info = await sandbox.info()
     assert ("paused", 0) == (info.state, info.resident_bytes)
 
-    async with Client(provider="local", state_dir=client.transport._engine.state) as other:  # type: ignore[union-attr]
+    async with Client(provider="local", state_dir=on_engine.transport._engine.state) as other:  # type: ignore[union-attr]
         again = await other.connect(sandbox.id)
         execution = await again.run_code("print(os.environ['GREETING']); x + 1")
     assert ("hello\n", "42") == (execution.stdout, execution.text)
 
 
-async def test_a_frozen_sandbox_is_used_as_if_it_ran(sandbox: Sandbox, client: Client) -> None:
+async def test_a_frozen_sandbox_is_used_as_if_it_ran(sandbox: Sandbox, on_engine: Client) -> None:
     await sandbox.run_code("x = 41")
     assert await sandbox.freeze()
-    assert await client.freeze(sandbox.id)
+    assert await on_engine.freeze(sandbox.id)
     info = await sandbox.info()
     assert "running" == info.state
     assert info.frozen_since is not None
@@ -64,7 +58,7 @@ async def test_a_frozen_sandbox_is_used_as_if_it_ran(sandbox: Sandbox, client: C
     assert (await sandbox.info()).spent.frozen > 0  # type: ignore[union-attr]
 
 
-async def test_what_cannot_be_frozen_says_why(sandbox: Sandbox, client: Client) -> None:
+async def test_what_cannot_be_frozen_says_why(sandbox: Sandbox, on_engine: Client) -> None:
     async with asyncio.timeout(PATIENCE), contextlib.aclosing(sandbox.stream_code("while True: print(1)")) as events:
         await anext(events)
         with pytest.raises(ConflictError, match="in use"):
@@ -72,7 +66,7 @@ async def test_what_cannot_be_frozen_says_why(sandbox: Sandbox, client: Client) 
     await sandbox.pause()
     assert not await sandbox.freeze()
     with pytest.raises(NotFoundError):
-        await client.freeze("nobody")
+        await on_engine.freeze("nobody")
 
 
 async def test_a_pause_of_a_frozen_sandbox_leaves_its_mark_and_its_resume_finds_it(sandbox: Sandbox) -> None:
@@ -84,9 +78,9 @@ async def test_a_pause_of_a_frozen_sandbox_leaves_its_mark_and_its_resume_finds_
     assert "41" == (await sandbox.run_code("x")).text
 
 
-async def test_a_listing_finds_a_sandbox_by_its_metadata(sandbox: Sandbox, client: Client) -> None:
-    assert [sandbox.id] == [info.sandbox_id async for info in client.list(metadata={"k 1": "v&=/é"})]
-    assert sandbox.id not in [info.sandbox_id async for info in client.list(state="paused")]
+async def test_a_listing_finds_a_sandbox_by_its_metadata(sandbox: Sandbox, on_engine: Client) -> None:
+    assert [sandbox.id] == [info.sandbox_id async for info in on_engine.list(metadata={"k 1": "v&=/é"})]
+    assert sandbox.id not in [info.sandbox_id async for info in on_engine.list(state="paused")]
 
 
 async def test_code_past_its_timeout_is_interrupted_and_its_variables_are_kept(sandbox: Sandbox) -> None:
@@ -118,9 +112,9 @@ async def test_code_of_a_cancelled_call_is_interrupted(sandbox: Sandbox) -> None
     assert "2" == (await sandbox.run_code("1 + 1", timeout=PATIENCE)).text
 
 
-async def test_code_that_is_running_when_its_sandbox_goes_says_which_way_it_went(client: Client) -> None:
+async def test_code_that_is_running_when_its_sandbox_goes_says_which_way_it_went(on_engine: Client) -> None:
     for verb, error in (("pause", SandboxStateError), ("kill", SandboxExpiredError)):
-        sandbox = await client.create()
+        sandbox = await on_engine.create()
         async with contextlib.aclosing(sandbox.stream_code("while True: pass", timeout=PATIENCE)) as events:
             await anext(events)
             await getattr(sandbox, verb)()
@@ -131,7 +125,7 @@ async def test_code_that_is_running_when_its_sandbox_goes_says_which_way_it_went
         await sandbox.kill()
 
 
-async def test_what_is_not_awake_or_not_there_says_so(sandbox: Sandbox, client: Client) -> None:
+async def test_what_is_not_awake_or_not_there_says_so(sandbox: Sandbox, on_engine: Client) -> None:
     await sandbox.pause()
     with pytest.raises(SandboxStateError):
         await sandbox.run_code("1")
@@ -141,9 +135,9 @@ async def test_what_is_not_awake_or_not_there_says_so(sandbox: Sandbox, client: 
     with pytest.raises(SandboxExpiredError):
         await sandbox.run_code("1")
     with pytest.raises(NotFoundError):
-        await client.connect(sandbox.id)
+        await on_engine.connect(sandbox.id)
     with pytest.raises(NotFoundError):
-        await client.info("nobody")
+        await on_engine.info("nobody")
 
 
 async def test_a_large_display_leaves_only_its_size_and_memory_stays_flat(sandbox: Sandbox) -> None:

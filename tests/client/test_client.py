@@ -5,7 +5,7 @@ import pytest
 
 from sandbox_tools.client import Client
 from sandbox_tools.errors import ConfigError, ConflictError, NotFoundError, ProtocolError, SandboxStateError
-from tests.client.conftest import Server
+from tests.client.server import Server
 
 
 async def test_a_sandbox_lives_pauses_wakes_and_ends(client: Client, server: Server) -> None:

@@ -6,8 +6,7 @@ import contextlib
 import hashlib
 import json
 import resource
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -27,27 +26,13 @@ from sandbox_tools.errors import (
 )
 from sandbox_tools.models import Stderr, Stdout
 from tests.client.loopback import ABORT, DONE, HANG, HEAD, Loopback, Step, chunk, end, envelope, nothing_left, plain
-from tests.client.loopback import reaching as reaching_loopback
-from tests.machine import PATIENCE, Box, EngineProcess
-
-
-@pytest.fixture(scope="module")
-def box(engine: EngineProcess) -> Iterator[Box]:
-    box = engine.create()
-    yield box
-    box.kill()
+from tests.machine import PATIENCE, Box
 
 
 @pytest.fixture
-async def client(engine: EngineProcess) -> AsyncIterator[Client]:
-    async with Client(provider="local", state_dir=engine.state) as client:
-        yield client
-
-
-@pytest.fixture
-async def sandbox(client: Client, box: Box) -> AsyncIterator[Sandbox]:
+async def sandbox(on_engine: Client, box: Box) -> AsyncIterator[Sandbox]:
     """The same for all that leave it as they found it, which is without any process."""
-    sandbox = await client.connect(box.id)
+    sandbox = await on_engine.connect(box.id)
     yield sandbox
     await until_nothing_runs(sandbox)
 
@@ -216,8 +201,8 @@ async def test_a_command_without_input_says_so_and_one_that_has_ended_is_not_fou
         await sandbox.commands.connect(99_999)
 
 
-async def test_a_background_command_survives_a_pause_and_its_handle_says_why_it_broke(client: Client) -> None:
-    sandbox = await client.create("base")
+async def test_a_background_command_survives_a_pause_and_its_handle_says_why_it_broke(on_engine: Client) -> None:
+    sandbox = await on_engine.create("base")
     try:
         command = await sandbox.commands.start("read; echo $REPLY", stdin=True, timeout=None)
         await sandbox.pause()
@@ -235,8 +220,8 @@ async def test_a_background_command_survives_a_pause_and_its_handle_says_why_it_
         await sandbox.kill()
 
 
-async def test_a_command_whose_sandbox_is_killed_says_that_it_is_gone(client: Client) -> None:
-    sandbox = await client.create("base")
+async def test_a_command_whose_sandbox_is_killed_says_that_it_is_gone(on_engine: Client) -> None:
+    sandbox = await on_engine.create("base")
     command = await sandbox.commands.start("sleep 1000")
     await sandbox.kill()
 
@@ -259,12 +244,6 @@ def said(text: bytes, stream: str = "stdout") -> bytes:
 
 
 BEGUN = event(start={"pid": 7})
-
-
-@pytest.fixture
-async def both(state: Path) -> AsyncIterator[tuple[Loopback, Sandbox]]:
-    async with reaching_loopback(state) as (loopback, sandbox):
-        yield loopback, sandbox
 
 
 async def test_the_timeout_holds_where_the_server_does_not_keep_it(both: tuple[Loopback, Sandbox]) -> None:
@@ -350,7 +329,7 @@ async def test_a_result_may_leave_out_what_is_nought(both: tuple[Loopback, Sandb
 
 @pytest.mark.parametrize("steps", [[HANG], [HEAD, HANG], [HEAD, chunk(BEGUN), HANG]], ids=len)
 async def test_a_start_that_is_cancelled_leaves_nothing_here(both: tuple[Loopback, Sandbox], steps: list[Step]) -> None:
-    """What is known to have started is killed, and its killing does not hold the caller up for long."""
+    """What has started, or may have, is killed, and its killing does not hold the caller up for long."""
     loopback, sandbox = both
     loopback.on(START, steps)
     loopback.on(SIGNAL, [plain({})])
@@ -366,7 +345,37 @@ async def test_a_start_that_is_cancelled_leaves_nothing_here(both: tuple[Loopbac
             await task
         async with asyncio.timeout(PATIENCE):
             await loopback.left.wait()
-    assert (len(steps) == 3) == len(loopback.sent(SIGNAL))
+    ((start,), (signal,)) = loopback.sent(START), loopback.sent(SIGNAL)
+    process = {"pid": 7} if len(steps) == 3 else {"tag": json.loads(start.body[5:])["tag"]}
+    assert {"process": process, "signal": "SIGNAL_SIGKILL"} == json.loads(signal.body)
+
+
+async def test_a_start_that_was_cancelled_and_arrives_late_is_looked_for_again(
+    both: tuple[Loopback, Sandbox], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loopback, sandbox = both
+    none = plain({"code": "not_found", "message": "no such process"}, 404)
+    loopback.on(START, [HANG])
+    loopback.on(SIGNAL, [none], [plain({})], [none])
+    monkeypatch.setattr("sandbox_tools.client.commands.STARTING", (0.0, 0.0, 0.0))
+
+    task = asyncio.create_task(sandbox.commands.run("sleep 1000", timeout=None))
+    async with asyncio.timeout(PATIENCE):
+        await loopback.hanging.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert 2 == len(loopback.sent(SIGNAL))
+
+
+async def test_whenever_a_command_without_a_limit_is_cancelled_nothing_of_it_runs_on(sandbox: Sandbox) -> None:
+    for moment in range(12):
+        task = asyncio.create_task(sandbox.commands.run("sleep 1000", timeout=None))
+        await asyncio.wait({task}, timeout=0.004 * moment)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    await until_nothing_runs(sandbox)
 
 
 async def test_a_kill_that_hangs_does_not_keep_a_cancelled_caller(
@@ -405,10 +414,12 @@ async def test_commands_look_as_the_vendors_sdks_send_them(both: tuple[Loopback,
 
     await sandbox.commands.run("echo hi", env={"B": "2"}, cwd="/tmp")
     (request,) = loopback.sent(START)
+    message = json.loads(request.body[5:])
+    assert message.pop("tag")
     assert {
         "process": {"cmd": "/bin/bash", "args": ["-l", "-c", "echo hi"], "envs": {"B": "2"}, "cwd": "/tmp"},
         "stdin": False,
-    } == json.loads(request.body[5:])
+    } == message
     assert "60000" == request.headers["connect-timeout-ms"]
 
     with contextlib.suppress(TransportError):

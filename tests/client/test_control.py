@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +15,7 @@ from sandbox_tools.client.control import KNOWN_SIZES
 from sandbox_tools.client.dialects import DIALECTS, PPIO_LEGACY, Dialect
 from sandbox_tools.errors import APIError, CapacityError, ConfigError, ProtocolError, SandboxError, ServerError
 from sandbox_tools.models import SandboxInfo
-from tests.client.conftest import NOW
+from tests.client.server import NOW
 
 Answer = Callable[[httpx.Request], httpx.Response]
 
@@ -156,6 +157,24 @@ async def test_a_pause_with_or_without_memory_is_asked_for_in_the_providers_word
         else:
             await client(answer, dialect).pause("i1", memory=memory)
     assert [body for body in bodies if body is not ConfigError] == sent
+
+
+@pytest.mark.parametrize(("verb", "status"), [("pause", 409), ("freeze", 409), ("set_timeout", 404)])
+async def test_why_a_verb_was_refused_is_asked_in_what_is_left_of_its_time(verb: str, status: int) -> None:
+    owner = client(lambda _: httpx.Response(status, json={"code": status, "message": "because"}), "local")
+    send, clock = owner.transport.send, asyncio.get_running_loop().time
+    ends = []
+
+    async def recorded(call: Any) -> httpx.Response:
+        ends.append(clock() + (owner.transport.request_timeout if call.deadline is None else call.deadline))
+        await asyncio.sleep(0.3)
+        return await send(call)
+
+    owner.transport.send = recorded  # type: ignore[method-assign]
+    with pytest.raises(SandboxError):
+        await getattr(owner, verb)("i1", *([5] if verb == "set_timeout" else []))
+    first, second = ends
+    assert second < first + 0.2
 
 
 async def test_what_a_provider_does_not_have_is_named_before_any_request() -> None:

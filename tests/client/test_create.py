@@ -22,7 +22,7 @@ from sandbox_tools.errors import (
     ServerError,
     TransportError,
 )
-from tests.client.conftest import NOW
+from tests.client.server import NOW
 from tests.machine import EngineProcess
 
 
@@ -237,6 +237,35 @@ async def test_nothing_is_created_while_it_is_not_known_what_a_key_has_made(at: 
     with pytest.raises(TransportError):
         await at().create(idempotency_key="my-key")
     assert [] == service.creates
+
+
+async def test_the_look_for_a_key_the_create_and_the_look_for_its_lost_answer_have_one_time_together(
+    at: Connect, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = at()
+    client._long, client._look = 0.4, 0.1
+    answer, send = service.answer, client.transport.send
+    deadlines = {}
+
+    async def slow(method: str, path: str, *rest: Any) -> bytes | None:
+        await (asyncio.sleep(0.2) if method == "GET" else service.go_on.wait())
+        return await answer(method, path, *rest)
+
+    async def recorded(call: Any) -> Any:
+        deadlines.setdefault(call.op, call.deadline)
+        return await send(call)
+
+    monkeypatch.setattr(service, "answer", slow)
+    client.transport.send = recorded  # type: ignore[method-assign]
+    with pytest.raises(RequestTimeoutError) as caught:
+        await client.create(idempotency_key="my-key")
+    assert caught.value.op == "create"
+    assert deadlines["create"] < 0.3 - 0.15
+
+    client._long = 0.2  # gone with the first look
+    with pytest.raises(RequestTimeoutError) as caught:
+        await client.create(idempotency_key="another")
+    assert (caught.value.op, []) == ("create", service.creates)
 
 
 async def test_a_look_that_breaks_is_taken_again(at: Connect, service: Service) -> None:

@@ -3,9 +3,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import resource
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import aclosing
-from pathlib import Path
 
 import httpx
 import pytest
@@ -23,27 +22,13 @@ from sandbox_tools.errors import (
     TransportError,
 )
 from tests.client.loopback import ABORT, DONE, HANG, Loopback, Step, chunk, nothing_left, plain
-from tests.client.loopback import reaching as reaching_loopback
-from tests.machine import PATIENCE, Box, EngineProcess
-
-
-@pytest.fixture(scope="module")
-def box(engine: EngineProcess) -> Iterator[Box]:
-    box = engine.create()
-    yield box
-    box.kill()
+from tests.machine import PATIENCE, Box
 
 
 @pytest.fixture
-async def client(engine: EngineProcess) -> AsyncIterator[Client]:
-    async with Client(provider="local", state_dir=engine.state) as client:
-        yield client
-
-
-@pytest.fixture
-async def sandbox(client: Client, box: Box) -> Sandbox:
+async def sandbox(on_engine: Client, box: Box) -> Sandbox:
     """The same for all, each time with an empty `~/t`."""
-    sandbox = await client.connect(box.id)
+    sandbox = await on_engine.connect(box.id)
     await sandbox.files.remove("t")
     await sandbox.files.make_dir("t")
     return sandbox
@@ -199,8 +184,8 @@ async def test_a_reader_that_leaves_closes_its_connection(sandbox: Sandbox) -> N
             assert await anext(chunks)
 
 
-async def test_files_of_a_sandbox_that_sleeps_or_is_gone_say_so(client: Client) -> None:
-    sandbox = await client.create("base")
+async def test_files_of_a_sandbox_that_sleeps_or_is_gone_say_so(on_engine: Client) -> None:
+    sandbox = await on_engine.create("base")
     try:
         await sandbox.files.write("file", "kept")
         await sandbox.pause()
@@ -219,12 +204,6 @@ async def test_files_of_a_sandbox_that_sleeps_or_is_gone_say_so(client: Client) 
 
 FILES = "/files"
 WRITTEN = plain([{"path": "/f", "name": "f", "type": "file"}])
-
-
-@pytest.fixture
-async def both(state: Path) -> AsyncIterator[tuple[Loopback, Sandbox]]:
-    async with reaching_loopback(state) as (loopback, sandbox):
-        yield loopback, sandbox
 
 
 async def test_files_look_as_the_vendors_sdks_send_them(both: tuple[Loopback, Sandbox]) -> None:

@@ -16,7 +16,7 @@ from sandbox_tools.client.dialects import Address
 from sandbox_tools.client.local import LocalEngine
 from sandbox_tools.client.transport import Call, Transport
 from sandbox_tools.errors import ConfigError, EngineError, NotFoundError
-from tests.client.conftest import Server
+from tests.client.server import Server
 
 # A stand-in that keeps the engine's promises to those who start it: the lock, exit code 3, /health on the socket.
 ENGINE = """

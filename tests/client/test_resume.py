@@ -20,13 +20,6 @@ READ = "GET /files?path=%2Fdev%2Fshm%2F.sandbox-tools&username=root"
 
 
 @pytest.fixture
-async def edge(state: Path) -> AsyncIterator[Edge]:
-    edge = Edge()
-    async with edge.serve(state / "engine.sock"):
-        yield edge
-
-
-@pytest.fixture
 async def client(edge: Edge, state: Path) -> AsyncIterator[Client]:
     async with Client(provider="local", state_dir=state) as client:
         yield client

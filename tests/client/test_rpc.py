@@ -6,7 +6,6 @@ import contextlib
 import json
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -35,7 +34,6 @@ from sandbox_tools.errors import (
     TransportError,
 )
 from sandbox_tools.models import ENVD_PORT, SandboxInfo
-from tests.client.conftest import Server
 from tests.client.loopback import (
     ABORT,
     DONE,
@@ -47,8 +45,8 @@ from tests.client.loopback import (
     envelope,
     nothing_left,
     plain,
-    reaching,
 )
+from tests.client.server import Server
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(),
@@ -112,12 +110,6 @@ def test_half_a_surrogate_pair_in_a_message_leaves_text_that_can_be_written() ->
     ((message, _),) = EnvelopeDecoder("test").feed(ENVELOPE.pack(0, len(payload)) + payload)
 
     assert "?" == message["name"]
-
-
-@pytest.fixture
-async def both(state: Path) -> AsyncIterator[tuple[Loopback, Sandbox]]:
-    async with reaching(state) as (loopback, sandbox):
-        yield loopback, sandbox
 
 
 async def streamed(sandbox: Sandbox, *, timeout: float | None = None) -> list[dict[str, Any]]:

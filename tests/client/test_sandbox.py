@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import json
 import re
-from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
 
@@ -26,8 +25,8 @@ from sandbox_tools.errors import (
     TransportError,
 )
 from sandbox_tools.models import CodeContext, Ended, ExecutionEvent, Started, Stdout
-from tests.client.conftest import Server
 from tests.client.edge import Edge
+from tests.client.server import Server
 
 
 @pytest.fixture
@@ -269,19 +268,6 @@ async def test_an_answer_is_read_to_its_end_so_that_no_server_takes_it_for_an_in
 
     assert await asyncio.to_thread(server.answered.wait, 5)
     assert not server.disconnected.is_set()
-
-
-@pytest.fixture
-async def edge(state: Path) -> AsyncIterator[Edge]:
-    edge = Edge()
-    async with edge.serve(state / "engine.sock"):
-        yield edge
-
-
-@pytest.fixture
-async def at_edge(edge: Edge, state: Path) -> AsyncIterator[Sandbox]:
-    async with Client(provider="local", state_dir=state) as client:
-        yield await client.create()
 
 
 async def test_contexts_are_made_listed_restarted_and_removed(edge: Edge, at_edge: Sandbox) -> None:

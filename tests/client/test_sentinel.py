@@ -12,8 +12,8 @@ from sandbox_tools.client import Client, Sandbox, sentinel
 from sandbox_tools.client.sentinel import PLACES, Sentinel, check, plant
 from sandbox_tools.errors import ConfigError, ServerError, StateLostError
 from sandbox_tools.paths import socket_path
-from tests.client.conftest import Server
 from tests.client.edge import RESET, Edge
+from tests.client.server import Server
 from tests.machine import EngineProcess
 
 PLANT = "POST /files?username=root"
@@ -35,14 +35,8 @@ class Recording(httpx.AsyncBaseTransport):
 
 
 @pytest.fixture
-async def client(engine: EngineProcess) -> AsyncIterator[Client]:
-    async with Client(provider="local", state_dir=engine.state) as client:
-        yield client
-
-
-@pytest.fixture
-async def sandbox(client: Client) -> AsyncIterator[Sandbox]:
-    sandbox = await client.create()
+async def sandbox(on_engine: Client) -> AsyncIterator[Sandbox]:
+    sandbox = await on_engine.create()
     yield sandbox
     await sandbox.kill()
 
@@ -127,13 +121,13 @@ async def test_files_that_were_rolled_back_are_lost_and_memory_is_not(sandbox: S
 
 
 async def test_an_older_copy_of_the_sandbox_in_its_place_has_lost_both(
-    sandbox: Sandbox, client: Client, engine: EngineProcess
+    sandbox: Sandbox, on_engine: Client, engine: EngineProcess
 ) -> None:
     await sandbox.pause()
     await sandbox.resume()
     with engine.http() as http:
         forked = http.post(f"/sandboxes/{sandbox.id}/fork", json={}).json()[0]["sandbox"]["sandboxID"]
-    copy = await client.connect(forked)
+    copy = await on_engine.connect(forked)
     try:
         await sandbox.pause()
         assert sandbox.sentinel is not None
@@ -160,9 +154,9 @@ async def test_another_process_checks_what_was_kept_as_text(sandbox: Sandbox, en
         assert await check(again, Sentinel.model_validate_json(text))
 
 
-async def test_what_others_paused_later_is_not_taken_for_a_loss(sandbox: Sandbox, client: Client) -> None:
+async def test_what_others_paused_later_is_not_taken_for_a_loss(sandbox: Sandbox, on_engine: Client) -> None:
     await sandbox.pause()
-    other = await client.connect(sandbox.id)
+    other = await on_engine.connect(sandbox.id)
     await other.pause()
 
     await sandbox.resume()
@@ -236,19 +230,6 @@ async def test_the_off_switch_leaves_all_of_its_requests_out(
         await sandbox.resume()
         assert ["POST connect"] == recording.seen
         await sandbox.kill()
-
-
-@pytest.fixture
-async def edge(state: Path) -> AsyncIterator[Edge]:
-    edge = Edge()
-    async with edge.serve(state / "engine.sock"):
-        yield edge
-
-
-@pytest.fixture
-async def at_edge(edge: Edge, state: Path) -> AsyncIterator[Sandbox]:
-    async with Client(provider="local", state_dir=state) as client:
-        yield await client.create()
 
 
 @pytest.mark.parametrize("failure", [404, 500, 502, 507, RESET])

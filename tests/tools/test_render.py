@@ -118,10 +118,21 @@ FOR_THE_OPERATOR = {
     errors.APIError,
     errors.AuthenticationError,
     errors.AccessDeniedError,
+    errors.NotFoundError,  # as one of a template, which is of no sandbox
     errors.ExecutionTimeoutError,  # `run_code` renders it where it knows the limit
     errors.CommandError,
     errors.EngineError,
 }
+
+
+def test_only_what_says_that_the_sandbox_is_gone_tells_the_model_so():
+    for cls in every_error():
+        if not issubclass(cls, (errors.StateLostError, errors.CommandError)):
+            try:
+                words = text_of(render_error(cls("not found", sandbox_id="i-secret")))
+            except (RetryableByModel, errors.SandboxError) as error:
+                words = str(error)
+            assert issubclass(cls, errors.SandboxExpiredError) == ("sandbox is gone" in words)
 
 
 @pytest.mark.parametrize("cls", every_error(), ids=lambda cls: cls.__name__)

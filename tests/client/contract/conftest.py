@@ -41,13 +41,6 @@ def trust() -> Iterator[Trust]:
 
 
 @pytest.fixture
-def state() -> Iterator[Path]:
-    """A state directory short enough for a socket."""
-    with tempfile.TemporaryDirectory(prefix="st", dir="/tmp") as path:
-        yield Path(path)
-
-
-@pytest.fixture
 async def recorder(trust: Trust, state: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Recorder]:
     """A service that is well; every name leads to it, and what nobody expected fails the test."""
     recorder = Recorder()

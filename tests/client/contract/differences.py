@@ -173,6 +173,15 @@ DIFFERENCES: tuple[Difference, ...] = (
         ours=ABSENT,
         reason="There is no body whose type could be said.",
     ),
+    # A command whose start was cancelled.
+    Difference(
+        dialects=ALL,
+        verbs=("commands.run", "commands.run as root", "commands.run without a limit", "commands.run with stdin"),
+        field=("body", "tag"),
+        theirs=ABSENT,
+        ours=ANY,
+        reason="Its process id comes with the answer; where that is not waited for, it is killed by its tag.",
+    ),
     # How long is waited.
     Difference(
         dialects=PPIOS,

@@ -85,12 +85,12 @@ async def _connected(sandbox: Any) -> None:
 
 
 async def _fed(sandbox: Any) -> None:
-    command = await sandbox.commands.connect(7)
-    await command.send_stdin("in")
-    await command.wait()
+    async with await sandbox.commands.connect(7) as command:
+        await command.send_stdin("in")
+        await command.wait()
 
 
 async def _closed(sandbox: Any) -> None:
-    command = await sandbox.commands.connect(7)
-    await command.close_stdin()
-    await command.wait()
+    async with await sandbox.commands.connect(7) as command:
+        await command.close_stdin()
+        await command.wait()

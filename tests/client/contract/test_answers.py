@@ -5,16 +5,48 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from sandbox_tools.client import Client
-from sandbox_tools.errors import SandboxError
-from sandbox_tools.models import Failure, Stderr, Stdout
-from tests.client.contract.ours import all_of
+from sandbox_tools.client import Client, Sandbox
+from sandbox_tools.errors import CapacityError, NotFoundError, RateLimitError, SandboxError, SandboxExpiredError
+from sandbox_tools.models import (
+    CodeContext,
+    CommandResult,
+    EntryInfo,
+    Failure,
+    Metric,
+    ProcessInfo,
+    SnapshotInfo,
+    Stderr,
+    Stdout,
+    WrittenFile,
+)
+from tests.client.contract.ours import CALLS, all_of
 from tests.client.contract.places import PLACES
 from tests.client.contract.recorder import Answer, Recorder, refused, said
-from tests.client.contract.service import CLIENT_ID, DETAIL, GRANT, ID, KEY, ROW, executed, paused, unknown
+from tests.client.contract.service import (
+    CLIENT_ID,
+    CONTEXT,
+    DETAIL,
+    ENTRY,
+    GRANT,
+    ID,
+    KEY,
+    METRIC,
+    NO_CONTENT,
+    PROCESS,
+    ROW,
+    SNAPSHOT,
+    STARTED,
+    TOKEN,
+    encoded,
+    executed,
+    paused,
+    streamed,
+    unknown,
+)
 
 NO_SUCH = unknown()
 
@@ -181,3 +213,214 @@ async def test_a_state_that_nobody_knows_is_an_error_and_not_a_guess(client: Cli
 
     with pytest.raises(SandboxError):
         await client.info(ID)
+
+
+NOON = datetime(2026, 11, 23, 7, 0, 0, 123456, UTC)
+FILE = EntryInfo(
+    path="/home/user/a.txt",
+    name="a.txt",
+    type="file",
+    size=5,
+    mode=0o644,
+    permissions="-rw-r--r--",
+    owner="user",
+    group="user",
+    modified_time=NOON,
+)
+SAMPLE = Metric(
+    timestamp=NOON,
+    cpu_count=2,
+    cpu_used_pct=12.5,
+    mem_used=100 << 20,
+    mem_total=512 << 20,
+    mem_cache=10 << 20,
+    disk_used=1 << 30,
+    disk_total=10 << 30,
+)
+RAN = CommandResult(exit_code=0, stdout="hi\n", stderr="warned\n")
+TAKEN = SnapshotInfo(snapshot_id=SNAPSHOT, names=["snap"])
+
+WELL: dict[str, Any] = {
+    "kill": True,
+    "set_timeout": None,
+    "metrics": [SAMPLE],
+    "metrics between": [SAMPLE],
+    "snapshot": TAKEN,
+    "snapshot by name": TAKEN,
+    "list_snapshots": [TAKEN],
+    "list_snapshots of one": [TAKEN],
+    "delete_snapshot": True,
+    "create_context": CodeContext(id="c1", language="python", cwd="/tmp"),
+    "list_contexts": [CodeContext(id="c1", language="python", cwd="/tmp")],
+    "restart_context": None,
+    "remove_context": True,
+    "commands.run": RAN,
+    "commands.run as root": RAN,
+    "commands.list": [
+        ProcessInfo.model_validate({"pid": 7, "config": {"cmd": "/bin/bash", "args": ["-l", "-c", "echo hi"]}})
+    ],
+    "commands.kill": True,
+    "files.read": b"hello",
+    "files.write": WrittenFile(path="/home/user/a.txt", name="a.txt", type="file"),
+    "files.list": [FILE],
+    "files.list deep": [FILE],
+    "files.info": FILE,
+    "files.exists": True,
+    "files.make_dir": True,
+    "files.move": FILE,
+    "files.remove": None,
+}
+"""What each verb gives where all is well."""
+
+
+@pytest.mark.parametrize("verb", WELL)
+async def test_each_verb_gives_what_the_wire_said(client: Client, verb: str) -> None:
+    assert WELL[verb] == await CALLS[verb](client, await client.create())
+
+
+async def test_a_process_says_what_it_is_without_its_secrets(client: Client, recorder: Recorder) -> None:
+    config = {"cmd": "/bin/bash", "args": ["-l"], "envs": {"A": "s3cret"}, "cwd": "/tmp"}
+    recorder.on("POST", "/process.Process/List", said(200, {"processes": [{"config": config, "pid": 8, "tag": "t"}]}))
+    (info,) = await (await client.create()).commands.list()
+
+    assert (8, "t", "/bin/bash", ["-l"], "/tmp", {"A": "s3cret"}) == (
+        info.pid,
+        info.tag,
+        info.cmd,
+        info.args,
+        info.cwd,
+        info.env,
+    )
+    assert "s3cret" not in repr(info)
+
+
+NO_FILE = said(404, {"code": "not_found", "message": "no such file"})
+NO_CONTEXT = Answer(status=404, body=b"Context c1 not found", headers={"content-type": "text/plain"})
+
+# What else a verb may be answered, and what it gives then.
+OTHERWISE: list[tuple[str, str, str, Answer, Any]] = [
+    ("delete_snapshot", "DELETE", "/templates/.*", refused(404, "template not found"), False),
+    ("list_snapshots", "GET", "/snapshots", said(200, None), []),
+    ("list_snapshots", "GET", "/snapshots", said(200, [{"snapshotID": "s1"}]), [SnapshotInfo(snapshot_id="s1")]),
+    ("metrics", "GET", f"/sandboxes/{ID}/metrics", said(200, []), []),
+    ("metrics", "GET", f"/sandboxes/{ID}/metrics", said(200, [{"timestamp": STARTED}]), [Metric(timestamp=NOON)]),
+    (
+        "metrics",
+        "GET",
+        f"/sandboxes/{ID}/metrics",
+        said(200, [{**METRIC, "memCache": None, "diskUsed": None}]),
+        [SAMPLE.model_copy(update={"mem_cache": None, "disk_used": None})],
+    ),
+    ("snapshot", "POST", f"/sandboxes/{ID}/snapshots", said(201, {"snapshotID": "s1"}), SnapshotInfo(snapshot_id="s1")),
+    ("list_contexts", "GET", "/contexts", said(200, {"contexts": [CONTEXT]}), WELL["list_contexts"]),
+    ("list_contexts", "GET", "/contexts", said(200, [{**CONTEXT, "ofTheFuture": 1}]), WELL["list_contexts"]),
+    ("remove_context", "DELETE", "/contexts/.*", NO_CONTENT, True),
+    ("remove_context", "DELETE", "/contexts/.*", NO_CONTEXT, False),
+    ("restart_context", "POST", "/contexts/.*/restart", NO_CONTENT, None),
+    ("commands.kill", "POST", "/process.Process/SendSignal", NO_FILE, False),
+    ("commands.list", "POST", "/process.Process/List", said(200, {}), []),
+    (
+        "commands.run",
+        "POST",
+        "/process.Process/Start",
+        streamed(PROCESS[0], {"event": {"end": {"exitCode": 3, "exited": True, "error": "exit status 3"}}}),
+        CommandResult(exit_code=3, error="exit status 3"),
+    ),
+    (
+        "commands.run",
+        "POST",
+        "/process.Process/Start",
+        streamed(
+            PROCESS[0], {"event": {"end": {"exitCode": -1, "status": "signal: killed", "error": "signal: killed"}}}
+        ),
+        CommandResult(exit_code=-1, error="signal: killed"),
+    ),
+    (
+        "commands.run",
+        "POST",
+        "/process.Process/Start",
+        streamed(
+            PROCESS[0],
+            {"event": {"data": {"stdout": "4g=="}}},  # the first byte of "€", and then the others
+            {"event": {"data": {"stdout": "gqw="}}},
+            {"event": {"data": {"pty": encoded("not of a command without one")}}},
+            {"event": {"of_the_future": {}}},
+            PROCESS[-1],
+        ),
+        CommandResult(exit_code=0, stdout="€"),
+    ),
+    ("files.exists", "POST", "/filesystem.Filesystem/Stat", NO_FILE, False),
+    ("files.list", "POST", "/filesystem.Filesystem/ListDir", said(200, {}), []),
+    (
+        "files.make_dir",
+        "POST",
+        "/filesystem.Filesystem/MakeDir",
+        said(409, {"code": "already_exists", "message": "it is there"}),
+        False,
+    ),
+    (
+        "files.info",
+        "POST",
+        "/filesystem.Filesystem/Stat",
+        said(
+            200,
+            {
+                "entry": {
+                    **ENTRY,
+                    "type": "FILE_TYPE_DIRECTORY",
+                    "size": 5,
+                    "symlinkTarget": "/x",
+                    "metadata": {"k": "v"},
+                }
+            },
+        ),
+        FILE.model_copy(update={"type": "directory", "symlink_target": "/x", "metadata": {"k": "v"}}),
+    ),
+    (
+        "files.info",
+        "POST",
+        "/filesystem.Filesystem/Stat",
+        said(200, {"entry": {"name": "a", "path": "/a"}}),  # what is nought is left out
+        EntryInfo(name="a", path="/a"),
+    ),
+    ("files.read", "GET", "/files", Answer(body=b""), b""),
+]
+
+
+@pytest.mark.parametrize(("verb", "method", "path", "answer", "outcome"), OTHERWISE)
+async def test_each_verb_gives_what_else_the_wire_may_say(
+    client: Client, recorder: Recorder, verb: str, method: str, path: str, answer: Answer, outcome: Any
+) -> None:
+    recorder.on(method, path, answer)
+
+    assert outcome == await CALLS[verb](client, await client.create())
+
+
+async def test_pages_of_snapshots_are_followed_until_no_token_comes(client: Client, recorder: Recorder) -> None:
+    first = said(200, [{"snapshotID": "s1"}, {"snapshotID": "s2"}], x_next_token="t")
+    recorder.on("GET", "/snapshots", first, said(200, [{"snapshotID": "s2"}, {"snapshotID": "s3"}]))
+
+    assert ["s1", "s2", "s3"] == [each.snapshot_id for each in await all_of(client.list_snapshots())]
+    assert "t" == recorder.requests[-1].query["nextToken"]
+
+
+async def test_each_copy_of_a_fork_can_be_used_or_says_why_there_is_none(client: Client, recorder: Recorder) -> None:
+    rows: list[dict[str, Any]] = [
+        {"sandbox": {**GRANT, "sandboxID": "icopy"}},
+        *({"error": {"code": code, "message": f"because of {TOKEN}"}} for code in (429, 503, 404)),
+    ]
+    recorder.on("POST", f"/sandboxes/{ID}/fork", said(201, rows))
+    copy, *errors = await client.fork(ID, count=5)
+
+    assert isinstance(copy, Sandbox)
+    assert "icopy" == copy.id
+    await copy.run_code("1+1")
+    assert ("icopy", TOKEN) == tuple(recorder.requests[-1].headers[n] for n in ("e2b-sandbox-id", "x-access-token"))
+    assert [RateLimitError, CapacityError] == [type(error) for error in errors[:2]]
+    assert 4 == len(errors)
+    for error in errors:
+        assert isinstance(error, SandboxError)
+        assert ("fork", ID) == (error.op, error.sandbox_id)
+        assert TOKEN not in str(error)
+        # Whatever could not be copied, the original is not gone.
+        assert not isinstance(error, (NotFoundError, SandboxExpiredError))

@@ -27,6 +27,7 @@ from sandbox_tools.errors import (
     SandboxBusyError,
     SandboxError,
     SandboxExpiredError,
+    SandboxNotFoundError,
     SandboxStateError,
     ServerError,
     TransportError,
@@ -78,6 +79,8 @@ INSIDE: Mapping[str, tuple[str, str]] = {
     "commands.connect": ("POST", "/process.Process/Connect"),
     "commands.list": ("POST", "/process.Process/List"),
     "commands.kill": ("POST", "/process.Process/SendSignal"),
+    "send_stdin": ("POST", "/process.Process/SendInput"),
+    "close_stdin": ("POST", "/process.Process/CloseStdin"),
     "files.read": ("GET", "/files"),
     "files.write": ("POST", "/files"),
     "files.list": ("POST", "/filesystem.Filesystem/ListDir"),
@@ -228,28 +231,51 @@ CONTROL = (
         Case(
             verb=verb,
             answer=unknown(),
-            error=NotFoundError,
+            error=SandboxNotFoundError,
             says="the id is wrong",
             more={"status_code": 404},
             named="404",
         )
-        for verb in ("connect", "info", "pause", "metrics", "snapshot", "fork")
+        for verb in ("connect", "info", "pause")
     ),
-    Case(
-        verb="set_timeout",
-        answer=unknown(),
-        info=unknown(),
-        error=NotFoundError,
-        says="the id is wrong",
-        more={"status_code": 404},
+    *(
+        Case(
+            verb=verb,
+            answer=unknown(),
+            info=info,
+            error=error,
+            retryable=error.retryable,
+            says=says,
+            named=f"404, and info says {named}",
+        )
+        for verb in ("set_timeout", "metrics", "snapshot", "fork")
+        for named, info, error, says in (
+            ("the same", unknown(), SandboxNotFoundError, "the id is wrong"),
+            ("paused", paused(), SandboxStateError, "connect to it first"),
+            ("running", None, NotFoundError, "the id is wrong"),
+            ("nothing", Answer(ending="deaf"), TransportError, "may have happened"),
+        )
     ),
-    Case(verb="set_timeout", answer=unknown(), info=paused(), error=SandboxStateError, says="connect to it first"),
     Case(
         verb="pause",
         answer=refused(409, f"Sandbox \"{ID}\" cannot be paused while in 'snapshotting' state"),
         error=ConflictError,
         says="state",
         more={"status_code": 409},
+    ),
+    *(
+        Case(
+            verb="pause",
+            answer=refused(409, "state"),
+            info=info,
+            error=error,
+            named=f"409, and info says {named}",
+            retryable=error.retryable,
+        )
+        for named, info, error in (
+            ("that it is gone", unknown(), SandboxNotFoundError),
+            ("nothing", Answer(ending="deaf"), TransportError),
+        )
     ),
     Case(
         verb="connect",
@@ -445,7 +471,7 @@ def envd() -> Iterator[Case]:
     """What a daemon that is called may answer."""
     for code, (status, error, retryable) in CODES.items():
         more = {"error_code": code} if issubclass(error, APIError) else {}
-        for verb in ("commands.run", "commands.list", "files.move", "files.write"):
+        for verb in ("commands.run", "commands.list", "send_stdin", "close_stdin", "files.move", "files.write"):
             yield Case(verb=verb, answer=word(status, code), error=error, retryable=retryable, more=more, named=code)
 
         ending = streamed(end={"error": {"code": code, "message": f"because {SPOKEN}"}})
@@ -476,6 +502,12 @@ def envd() -> Iterator[Case]:
         )
         page = plain(404, f"404 page not found {SPOKEN}")
         yield Case(verb=verb, answer=page, error=ProtocolError, says="domain", named="404 in other words")
+
+    for verb in ("send_stdin", "close_stdin", "commands.kill", "files.move"):
+        # Nobody knows whether it was done, and what was put in must not be put in again.
+        yield Case(
+            verb=verb, answer=Answer(ending="deaf"), error=TransportError, retryable=None, says="may have happened"
+        )
 
     begun = streamed(*PROCESS[:2], ending="cut")
     for info, cls, retryable in (
@@ -549,7 +581,8 @@ async def _fails(
     assert str(error).endswith((".", ".'", '."'))
     assert dict(case.more) == {name: getattr(error, name) for name in case.more}
     assert not case.sent or case.sent == len([request for request in recorder.asked(path) if request.method == method])
-    assert error.op == case.verb.partition(" ")[0]
+    op = case.verb.partition(" ")[0]
+    assert error.op == (f"commands.{op}" if op.endswith("_stdin") else op)
     nowhere = {"create", "list", "list_snapshots", "delete_snapshot"}
     assert error.sandbox_id == (None if case.verb in nowhere else ID)
     shown = "".join(traceback.format_exception(error)) + repr(error) + repr(vars(error)) + repr(client) + caplog.text

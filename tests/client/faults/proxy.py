@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import parse_qs, urlencode, urlsplit
+from urllib.parse import parse_qs, unquote, urlencode, urlsplit
 
 import h11
 
@@ -40,6 +40,14 @@ _VERBS = {
     ("POST", r"/sandboxes/([^/]+)/timeout"): "set_timeout",
     ("POST", r"/execute"): "run_code",
     ("POST", r"/process.Process/Start"): "command",
+    ("POST", r"/sandboxes/([^/]+)/snapshots"): "snapshot",
+    ("DELETE", r"/templates/([^/]+)"): "delete_snapshot",
+    ("POST", r"/sandboxes/([^/]+)/fork"): "fork",
+    ("GET", r"/files"): "read",
+    ("POST", r"/files"): "write",
+    ("POST", r"/filesystem.Filesystem/\w+"): "filesystem",
+    ("POST", r"/contexts"): "create_context",
+    ("DELETE", r"/contexts/[^/]+"): "remove_context",
 }
 
 
@@ -413,6 +421,8 @@ class Proxy:
             if isinstance(told, dict) and (token := told.get("envdAccessToken")):
                 self.secrets.add(token)
                 exchange.answer = told
+            elif exchange.verb == "fork" and isinstance(told, list):
+                self.secrets |= {copy["sandbox"]["envdAccessToken"] for copy in told if "sandbox" in copy}
 
 
 class _Connection:
@@ -523,11 +533,11 @@ class _Connection:
 
 def _recognise(request: h11.Request) -> tuple[str, str | None]:
     path = urlsplit(request.target.decode()).path
+    inside = dict(request.headers).get(b"e2b-sandbox-id", b"").decode() or None
     for (method, pattern), verb in _VERBS.items():
         if method == request.method.decode() and (match := re.fullmatch(pattern, path)):
-            named = match[1] if match.re.groups else dict(request.headers).get(b"e2b-sandbox-id", b"").decode()
-            return verb, named or None
-    return "other", None
+            return verb, unquote(match[1]) if match.re.groups else inside
+    return "other", inside
 
 
 def _next_token(answer: _Answer) -> str | None:

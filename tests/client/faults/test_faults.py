@@ -16,9 +16,10 @@ import sandbox_tools.client.client
 import sandbox_tools.client.control
 import sandbox_tools.client.exchange
 from sandbox_tools.client import Client, transport
+from tests.client.faults.deadlines import ALLOWANCE, LONG, LOOK, PAUSE, REQUEST
 from tests.client.faults.proxy import Proxy
 from tests.client.faults.schedule import Schedule
-from tests.client.faults.workload import ALLOWANCE, LONG, LOOK, PAUSE, REQUEST, Workload
+from tests.client.faults.workload import Workload
 from tests.conftest import own_state
 from tests.machine import PATIENCE, EngineProcess
 
@@ -110,7 +111,15 @@ async def test_through_a_bad_network_nothing_is_done_twice_lost_or_left_over(eng
 
     assert_all_right(workload)
     assert len(schedule.drawn) > 30
-    assert {verb for verb, _ in workload.outcomes} >= {"create", "run_code", "pause", "connect", "kill", "list"}
+    assert {verb for verb, _ in workload.outcomes} >= {
+        "create",
+        "run_code",
+        "pause",
+        "connect",
+        "kill",
+        "list",
+        "files.write",
+    }
 
 
 @pytest.mark.soak
@@ -136,3 +145,5 @@ async def test_five_thousand_operations_through_a_bad_network(
     with capsys.disabled():
         sys.stdout.write(f"\nseed {schedule.seed}\n{workload.table()}\n{schedule.table()}\n")
     assert_all_right(workload)
+    rare = {"create_context", "code in a context", "snapshot", "delete_snapshot", "fork", "files.write", "files.read"}
+    assert rare <= {verb for verb, outcome in workload.outcomes if outcome == "ok"}

@@ -30,19 +30,9 @@ from sandbox_tools.errors import (
     TransportError,
 )
 from sandbox_tools.models import Execution, SandboxInfo
+from tests.client.faults.deadlines import ALLOWANCE, CHECK, CODE, LONG, LOOK, PAUSE, READY, REQUEST
+from tests.client.faults.further import RUN, STAMP, Further
 from tests.client.faults.proxy import STREAMS, Proxy
-
-ALLOWANCE = 5.0
-"""Seconds beyond its deadline after which an operation counts as hanging; a machine may be loaded."""
-
-REQUEST = 4.0
-LONG = 20.0
-PAUSE = 60.0 + 2 * 16.0
-CODE = 4.0
-LOOK = 2.0
-READY = CHECK = 5.0
-"""Seconds: deadlines of control calls, of create and connect, of pause, of code, of finding out why it broke, of the
-wait for a sandbox that was resumed, and of leaving a mark in it or looking for it."""
 
 APPEND = """
 globals().setdefault('tokens', []).append({token!r})
@@ -53,10 +43,11 @@ DAWDLE = "import time; print('begun', flush=True); time.sleep(3)\n"
 READ = """
 import os
 def read(path): return open(path).read().split() if os.path.exists(path) else []
-(globals().get('tokens', []), read('/tmp/tokens'), read('/tmp/commands'))
+(
+    globals().get('tokens', []), read('/tmp/tokens'), read('/tmp/commands'),
+    open('/tmp/the-file').read() if os.path.exists('/tmp/the-file') else None,
+)
 """
-
-RUN, STAMP = "run", "stamp"
 
 WHILE_RUNNING = {
     "run_code": 34,
@@ -67,8 +58,13 @@ WHILE_RUNNING = {
     "connect": 4,
     "kill": 5,
     "two": 6,
+    "file": 12,
+    "context": 1,
+    "snapshot": 1,
+    "fork": 1,
 }
 WHILE_PAUSED = {"connect": 40, "info": 15, "list": 8, "set_timeout": 6, "pause": 4, "run_code": 8, "kill": 6, "two": 4}
+WHILE_PAUSED |= {"file": 3, "snapshot": 1, "fork": 1}
 
 PAIRS = (
     ("run_code", "run_code"),
@@ -95,6 +91,8 @@ class Box:
     """In which of `running`, `paused`, `gone` it may be."""
     tokens: dict[str, str] = field(default_factory=dict)
     """What each piece of code appended: `once`, `maybe` (not more than once) or `never`."""
+    file: set[str | None] = field(default_factory=lambda: {None})
+    """What its one file may hold. None: it is not there."""
     history: list[str] = field(default_factory=list)
     touched: int = 0
     """Odd while something is done to it."""
@@ -128,7 +126,7 @@ class Outcome:
         return type(self.error).__name__ + status
 
 
-class Workload:
+class Workload(Further):
     """A number of operations, divided between tasks that share one client.
 
     Args:
@@ -267,8 +265,7 @@ class Workload:
                     idempotency_key=key,
                 ),
                 dice,
-                # With a key of the caller's own it is looked for and connected to first.
-                deadline=LONG if key is None else 2 * (LONG + REQUEST),
+                deadline=LONG,
                 about=stamp,
             )
             before, rows = rows, [row async for row in self._clean.list(metadata={STAMP: stamp})]
@@ -347,9 +344,13 @@ class Workload:
 
     def _not_run(self, verb: str, outcome: Outcome, box: Box, token: str, loose: bool) -> None:
         """The code or command came to nothing."""
-        error = outcome.error
-        if error is not None and error.retryable is True:
+        if outcome.error is not None and outcome.error.retryable is True:
             box.tokens[token] = "never"
+        self._failed_inside(verb, outcome, box, loose)
+
+    def _failed_inside(self, verb: str, outcome: Outcome, box: Box, loose: bool) -> None:
+        """A request to the sandbox itself came to nothing."""
+        error = outcome.error
         if isinstance(error, SandboxExpiredError):
             self._expect(verb, outcome, box, "gone", loose)
         elif type(error) is SandboxStateError:
@@ -533,19 +534,26 @@ class Workload:
         else:
             sandbox = await self._clean.connect(box.id, timeout=3600)
             box.states = {"running"}
-            execution = await sandbox.run_code(READ)
-            while execution.failure is not None and execution.failure.name == "ExecutionAborted":
-                self.outcomes["(audit)", "waits for code that does not end"] += 1
-                execution = await sandbox.run_code(READ)
-            if execution.text is None:
-                self._is_wrong(f"{box.id} gave {execution!r} to an audit. It was: {'; '.join(box.history)}")
-                box.tokens = dict.fromkeys(box.tokens, "maybe")
-                execution = await sandbox.run_code(READ)
-            assert execution.text is not None
-            kinds = (("memory", "t"), ("file", "t"), ("commands' file", "c"))
-            for (where, kind), tokens in zip(kinds, ast.literal_eval(execution.text), strict=True):
-                self._count(box, where, kind, Counter(tokens))
+            await self._look_inside(box, sandbox)
         box.touched += 1
+
+    async def _look_inside(self, box: Box, sandbox: Sandbox) -> None:
+        """Hold what is in a sandbox, or in a copy of it, against what was done to it."""
+        execution = await sandbox.run_code(READ)
+        while execution.failure is not None and execution.failure.name == "ExecutionAborted":
+            self.outcomes["(audit)", "waits for code that does not end"] += 1
+            execution = await sandbox.run_code(READ)
+        if execution.text is None:
+            self._is_wrong(f"{sandbox.id} gave {execution!r} to an audit. It was: {'; '.join(box.history)}")
+            box.tokens = dict.fromkeys(box.tokens, "maybe")
+            execution = await sandbox.run_code(READ)
+        assert execution.text is not None
+        *found, file = ast.literal_eval(execution.text)
+        kinds = (("memory", "t"), ("file", "t"), ("commands' file", "c"))
+        for (where, kind), tokens in zip(kinds, found, strict=True):
+            self._count(box, where, kind, Counter(tokens))
+        if file not in [None if text is None else text * 1000 for text in box.file]:
+            self._is_wrong(f"The file of {sandbox.id} holds {file and file[:20]!r}, and it was {box.file}")
 
     def _count(self, box: Box, where: str, kind: str, found: Counter[str]) -> None:
         for token, known in box.tokens.items():
