@@ -181,7 +181,7 @@ class Client(ControlPlane):
         more: dict[str, Any] = {"body": body, "headers": headers, "deadline": left()}
         try:
             response = await self._send("create", "POST", self.dialect.create_path, idempotent=False, **more)
-            return Sandbox(self, self._known(wire.present(SandboxGrant, response.content, "create")))
+            return Sandbox(self, wire.present(SandboxGrant, response.content, "create"))
         except (TransportError, APIError) as error:
             if error.retryable is not None and not may_have_happened(error):
                 raise
@@ -224,7 +224,7 @@ class Client(ControlPlane):
         response = await self._send("connect", "POST", path, sandbox_id, body=body, deadline=self._long)
         # Behind a repeated attempt, "it runs" may be the work of an earlier one whose answer was lost.
         resumed = response.status_code != 200 or response.extensions["attempts"] > 1
-        return self._known(wire.present(SandboxGrant, response.content, "connect", sandbox_id)), resumed
+        return wire.present(SandboxGrant, response.content, "connect", sandbox_id), resumed
 
     async def fork(
         self, sandbox_id: str, *, count: int = 1, timeout: int = DEFAULT_TIMEOUT
@@ -260,7 +260,7 @@ class Client(ControlPlane):
 
     def _copy(self, result: ForkResult, sandbox_id: str) -> Sandbox | SandboxError:
         if result.sandbox is not None:
-            return Sandbox(self, self._known(result.sandbox))
+            return Sandbox(self, result.sandbox)
 
         code, said = (result.error.code, result.error.message) if result.error else (500, "no reason given")
         msg = f"A copy could not be made: {self.transport.quoted(said)!r}. Fork again if you need it."
@@ -296,7 +296,3 @@ class Client(ControlPlane):
                             break
 
         return None
-
-    def _known(self, grant: SandboxGrant) -> SandboxGrant:
-        self.transport.keep_secret(grant.envd_access_token, grant.traffic_access_token)
-        return grant

@@ -61,7 +61,7 @@ class Sandbox:
 
     def __init__(self, client: Client, grant: SandboxGrant) -> None:
         self._client = client
-        self._grant = grant
+        self._use(grant)
         self.id = client.dialect.sandbox_id(grant.sandbox_id, grant.client_id)
         self.template_id = grant.template_id
         self.commands = Commands(self)
@@ -267,7 +267,8 @@ class Sandbox:
         Raises:
             StateLostError: It runs and can be used, but its memory or files are older than what was last paused here.
         """
-        self._grant, resumed = await self._client.grant(self.id, timeout=timeout)
+        grant, resumed = await self._client.grant(self.id, timeout=timeout)
+        self._use(grant)
         planted = self.sentinel
         # An answer that was lost, or somebody else, may have woken it before: then it runs, and nobody has looked.
         if resumed or planted is not self._checked:
@@ -319,9 +320,15 @@ class Sandbox:
         """As `Client.fork`."""
         return await self._client.fork(self.id, count=count, timeout=timeout)
 
+    def _use(self, grant: SandboxGrant) -> None:
+        """Takes this grant, whose tokens the client's messages leave out, whichever client it is from."""
+        self._grant = grant
+        self._client.transport.keep_secret(grant.envd_access_token, grant.traffic_access_token)
+
     def _at(self, port: int) -> tuple[str, dict[str, str]]:
         """The URL of one of its ports, and the headers that a request to it needs."""
         self._asleep = False  # what is sent there may wake it
+        self._use(self._grant)
         client = self._client
         url = client.dialect.sandbox_url(client.address, self._grant, port)
         return url, client.dialect.sandbox_headers(self._grant, port)

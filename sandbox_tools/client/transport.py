@@ -46,7 +46,7 @@ CONNECT_TIMEOUT = 10.0
 """Seconds to establish one connection."""
 
 SECRETS = 4096
-"""How many tokens are remembered, to keep them out of messages; the oldest are forgotten first."""
+"""How many tokens are remembered, to keep them out of messages; those unused for longest are forgotten first."""
 
 QUOTED = 500
 """Characters of a server's own words that a message repeats."""
@@ -130,7 +130,6 @@ class Transport:
         self.request_timeout = request_timeout
         self._engine = engine
         self._secrets: dict[str, None] = {}
-        self.keep_secret(address.api_key)
         self.socket = engine.socket if engine else None
         network = not (engine or inner)
         # No certificates are read for a Unix socket: that takes longer than most calls on it.
@@ -284,21 +283,25 @@ class Transport:
 
     def keep_secret(self, *tokens: str | None) -> None:
         """Have `quoted` leave these out."""
-        self._secrets |= dict.fromkeys(filter(None, tokens))
-        for oldest in list(self._secrets)[1:-SECRETS]:  # The first is the key.
-            del self._secrets[oldest]
+        for token in filter(None, tokens):
+            self._secrets.pop(token, None)
+            self._secrets[token] = None
+        while len(self._secrets) > SECRETS:
+            del self._secrets[next(iter(self._secrets))]
 
     def quoted(self, text: str) -> str:
         """The beginning of a server's own words, without the key and the tokens."""
         text = text[: 16 * QUOTED]
-        for secret in self._secrets:  # Before it is cut for good, which might leave half a secret.
+        for secret in filter(
+            None, (self._address.api_key, *self._secrets)
+        ):  # Before it is cut for good, which might leave half a secret.
             text = text.replace(secret, "***")
 
         return text[:QUOTED]
 
     def translated(self, error: Exception, op: str, sandbox_id: str | None) -> SandboxError:
         """As `translate`, with the cause, and without secrets: the library quotes a malformed answer."""
-        if (said := self.quoted(str(error))) != str(error)[:QUOTED]:
+        if (said := self.quoted(str(error))) != str(error):
             error = type(error)(said)
 
         failure = translate(error, op=op, sandbox_id=sandbox_id)
