@@ -181,7 +181,7 @@ class Client(ControlPlane):
         more: dict[str, Any] = {"body": body, "headers": headers, "deadline": left()}
         try:
             response = await self._send("create", "POST", self.dialect.create_path, idempotent=False, **more)
-            return Sandbox(self, wire.present(SandboxGrant, response.content, "create"))
+            return Sandbox(self, wire.parsed(SandboxGrant, response.content, "create"))
         except (TransportError, APIError) as error:
             if error.retryable is not None and not may_have_happened(error):
                 raise
@@ -224,7 +224,7 @@ class Client(ControlPlane):
         response = await self._send("connect", "POST", path, sandbox_id, body=body, deadline=self._long)
         # Behind a repeated attempt, "it runs" may be the work of an earlier one whose answer was lost.
         resumed = response.status_code != 200 or response.extensions["attempts"] > 1
-        return wire.present(SandboxGrant, response.content, "connect", sandbox_id), resumed
+        return wire.parsed(SandboxGrant, response.content, "connect", sandbox_id), resumed
 
     async def fork(
         self, sandbox_id: str, *, count: int = 1, timeout: int = DEFAULT_TIMEOUT
@@ -250,7 +250,7 @@ class Client(ControlPlane):
         more: dict[str, Any] = {"body": body, "idempotent": False, "deadline": self._long}
         response = await self._send("fork", "POST", self.dialect.fork_path, sandbox_id, running=True, **more)
         if response.content.lstrip()[:1] == b"{":
-            made = wire.present(CloneResult, response.content, "fork", sandbox_id).sandboxes
+            made = wire.parsed(CloneResult, response.content, "fork", sandbox_id).sandboxes
             results = [ForkResult(sandbox=grant) for grant in made]
         else:
             results = wire.rows(ForkResult, response.content, "fork", sandbox_id)

@@ -5,24 +5,13 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
 from pydantic import ValidationError
 
 from sandbox_tools.errors import ProtocolError
-from sandbox_tools.models import (
-    Ended,
-    Execution,
-    ExecutionEvent,
-    Failure,
-    Keepalive,
-    Result,
-    Started,
-    Stderr,
-    Stdout,
-)
+from sandbox_tools.models import Ended, Execution, ExecutionEvent, Failure, Keepalive, Result, Started, Stderr, Stdout
 
 MAX_LINE = 16 * 1024 * 1024
 """Bytes of one event; a longer one is dropped unread."""
@@ -174,9 +163,7 @@ class EnvelopeDecoder:
         while len(self._buffer) >= ENVELOPE.size:
             flags, length = ENVELOPE.unpack_from(self._buffer)
             if flags & ~LAST or length > self._max_message:
-                msg = (
-                    f"`{self._op}` was answered with an envelope of flags {flags:#x} and {length} bytes. Ask for less."
-                )
+                msg = f"`{self._op}` was answered with an envelope of {length} bytes, flags {flags:#x}. Ask for less."
                 raise ProtocolError(msg, op=self._op)
 
             stop = ENVELOPE.size + length
@@ -218,18 +205,17 @@ class ExecutionCollector:
                 self._failure = self._failure or event
             case Started():
                 self._execution_count = event.execution_count
-            case Keepalive() | Ended():
-                pass
 
     def execution(self) -> Execution:
         """What was collected so far."""
         rest = [Result(omitted_bytes=self._crowded_out)] if self._crowded_out else []
+        (stdout, stdout_omitted), (stderr, stderr_omitted) = self._stdout.text(), self._stderr.text()
         return Execution(
             results=self._results + rest,
-            stdout=self._stdout.text(),
-            stderr=self._stderr.text(),
-            stdout_omitted=self._stdout.omitted,
-            stderr_omitted=self._stderr.omitted,
+            stdout=stdout,
+            stderr=stderr,
+            stdout_omitted=stdout_omitted,
+            stderr_omitted=stderr_omitted,
             failure=self._failure,
             execution_count=self._execution_count,
         )
@@ -253,41 +239,35 @@ class _Ends:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._head: list[str] = []
-        self._head_room = limit
-        self._tail: deque[str] = deque()
-        self._tail_length = 0
+        self._head: str | None = None
+        """None: all is in the pieces still."""
+        self._pieces: list[str] = []
+        self._length = 0
         self._lost = 0
-
-    @property
-    def omitted(self) -> int:
-        return self._lost + max(0, self._tail_length - self._limit)
 
     def add(self, text: str, dropped: int = 0) -> None:
         if dropped:
             # What follows a gap belongs to the end, or the gap would not show.
-            self._head_room = 0
-            self._lost += dropped + self._tail_length
-            self._tail.clear()
-            self._tail_length = 0
+            self._head, tail, lost = self.parts()
+            self._pieces, self._length, self._lost = [], 0, lost + len(tail) + dropped
 
-        if self._head_room:
-            self._head.append(text[: self._head_room])
-            text, self._head_room = text[self._head_room :], max(0, self._head_room - len(text))
+        if text:
+            self._pieces.append(text)
+            self._length += len(text)
 
-        if not text:
-            return
+        # Not at every piece: that would copy all that is kept for every character printed.
+        if self._length > 3 * self._limit:
+            self._head, tail, self._lost = self.parts()
+            self._pieces, self._length = [tail], len(tail)
 
-        kept = text[-self._limit :]
-        self._lost += len(text) - len(kept)
-        self._tail.append(kept)
-        self._tail_length += len(kept)
-        # Whole pieces only: cutting the first one each time would copy it for every character printed.
-        while self._tail_length - len(self._tail[0]) >= self._limit:
-            gone = len(self._tail.popleft())
-            self._lost += gone
-            self._tail_length -= gone
+    def parts(self) -> tuple[str, str, int]:
+        """The beginning, the end, and how much was left out between them."""
+        text = "".join(self._pieces)
+        head, rest = (text[: self._limit], text[self._limit :]) if self._head is None else (self._head, text)
+        tail = rest[-self._limit :]
+        return head, tail, self._lost + len(rest) - len(tail)
 
-    def text(self) -> str:
-        head, tail = "".join(self._head), "".join(self._tail)[-self._limit :]
-        return f"{head}\n[{self.omitted} characters left out]\n{tail}" if self.omitted else head + tail
+    def text(self) -> tuple[str, int]:
+        """All of it, or what is left with a line that says how much was left out; and that number."""
+        head, tail, lost = self.parts()
+        return f"{head}\n[{lost} characters left out]\n{tail}" if lost else head + tail, lost

@@ -8,15 +8,20 @@ import urllib.parse
 from collections.abc import AsyncIterator, Callable, Mapping
 from datetime import datetime
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
 from sandbox_tools.client import wire
 from sandbox_tools.client.dialects import Dialect
 from sandbox_tools.client.transport import LONG_REQUEST, Call, Transport
-from sandbox_tools.errors import ConflictError, NotFoundError, SandboxError, SandboxStateError
+from sandbox_tools.errors import ConflictError, NotFoundError, ProtocolError, SandboxError, SandboxStateError
 from sandbox_tools.models import Metric, SandboxInfo, SnapshotInfo, State, TimeoutRequest
+
+T = TypeVar("T")
+
+IDLE_PAGES = 3
+"""Pages in a row that may bring nothing new: one may be empty, or come twice."""
 
 KNOWN_SIZES = 4096
 """How many sandboxes' sizes are remembered; the oldest are forgotten first."""
@@ -77,7 +82,7 @@ class ControlPlane:
         Returns:
             True: killed. False: there was none (or an attempt whose answer was lost had killed it).
         """
-        return await self._delete("kill", "/sandboxes/{id}", sandbox_id)
+        return await wire.was_there(self._ask(object, "kill", "DELETE", "/sandboxes/{id}", sandbox_id))
 
     async def info(self, sandbox_id: str, *, deadline: float | None = None) -> SandboxInfo:
         """Looks at a sandbox without waking it.
@@ -88,8 +93,8 @@ class ControlPlane:
         Raises:
             SandboxNotFoundError: It is gone.
         """
-        response = await self._send("info", "GET", "/sandboxes/{id}", sandbox_id, deadline=deadline)
-        return self._own(wire.present(SandboxInfo, response.content, "info", sandbox_id))
+        found = await self._ask(SandboxInfo, "info", "GET", "/sandboxes/{id}", sandbox_id, deadline=deadline)
+        return self._own(found)
 
     async def list(
         self,
@@ -120,8 +125,7 @@ class ControlPlane:
             params["startedAfter"] = wire.moment("list", "started_after", started_after).isoformat()
 
         wanted = {name: value for name, value in params.items() if value}
-        found = wire.pages(self.transport, "list", "/v2/sandboxes", wanted, SandboxInfo, attrgetter("sandbox_id"))
-        async for row in found:
+        async for row in self._pages("list", "/v2/sandboxes", wanted, SandboxInfo, attrgetter("sandbox_id")):
             # Asked for already, but a server that ignores a filter must not widen what the caller acts on.
             if (
                 (state is None or row.state == state)
@@ -143,8 +147,7 @@ class ControlPlane:
         """
         body = wire.body(TimeoutRequest, "set_timeout", timeout=timeout).model_dump()
         path = "/sandboxes/{id}/timeout"
-        response = await self._send("set_timeout", "POST", path, sandbox_id, running=True, body=body)
-        wire.done(response.content, "set_timeout", sandbox_id)
+        await self._ask(object, "set_timeout", "POST", path, sandbox_id, running=True, body=body)
 
     async def metrics(
         self, sandbox_id: str, *, start: datetime | None = None, end: datetime | None = None
@@ -183,8 +186,7 @@ class ControlPlane:
 
         more: dict[str, Any] = {"body": {"name": name} if name else {}, "idempotent": False, "deadline": LONG_REQUEST}
         path = "/sandboxes/{id}/snapshots"
-        response = await self._send("snapshot", "POST", path, sandbox_id, running=True, **more)
-        return wire.present(SnapshotInfo, response.content, "snapshot", sandbox_id)
+        return await self._ask(SnapshotInfo, "snapshot", "POST", path, sandbox_id, running=True, **more)
 
     async def list_snapshots(self, *, sandbox_id: str | None = None) -> AsyncIterator[SnapshotInfo]:
         """All snapshots of this key, newest first, fetched page by page.
@@ -192,12 +194,8 @@ class ControlPlane:
         Args:
             sandbox_id: Only those that were taken of this sandbox. None: all.
         """
-        self.dialect.require("list_snapshots")
         params = {"sandboxID": sandbox_id} if sandbox_id else {}
-        found = wire.pages(
-            self.transport, "list_snapshots", "/snapshots", params, SnapshotInfo, attrgetter("snapshot_id")
-        )
-        async for row in found:
+        async for row in self._pages("list_snapshots", "/snapshots", params, SnapshotInfo, attrgetter("snapshot_id")):
             yield row
 
     async def delete_snapshot(self, snapshot_id: str) -> bool:
@@ -207,13 +205,12 @@ class ControlPlane:
             True: deleted. False: there was none (or an attempt whose answer was lost had deleted it).
         """
         path = f"/templates/{wire.path_part('delete_snapshot', snapshot_id)}"
-        return await self._delete("delete_snapshot", path)
+        return await wire.was_there(self._ask(object, "delete_snapshot", "DELETE", path))
 
     async def _unless_paused(self, op: str, sandbox_id: str, **more: Any) -> bool:
         left = await self._left(op, more.get("deadline"))
         try:
-            response = await self._send(op, "POST", f"/sandboxes/{{id}}/{op}", sandbox_id, **more)
-            wire.done(response.content, op, sandbox_id)
+            await self._ask(object, op, "POST", f"/sandboxes/{{id}}/{op}", sandbox_id, **more)
         except ConflictError:
             if await self._state(op, sandbox_id, left()) != "paused":
                 raise
@@ -222,13 +219,38 @@ class ControlPlane:
 
         return True
 
-    async def _delete(self, op: str, path: str, sandbox_id: str | None = None) -> bool:
-        try:
-            wire.done((await self._send(op, "DELETE", path, sandbox_id)).content, op, sandbox_id)
-        except NotFoundError:
-            return False
+    async def _pages(
+        self, op: str, path: str, params: Mapping[str, str], kind: type[T], identify: Callable[[T], str]
+    ) -> AsyncIterator[T]:
+        """The rows of all pages, each once, whatever the server repeats."""
+        seen: set[str] = set()
+        idle = 0
+        params = {"limit": "100", **params}
+        while True:
+            response = await self._send(op, "GET", path, params=params)
+            before = len(seen)
+            for row in wire.rows(kind, response.content, op):
+                if (key := identify(row)) not in seen:
+                    seen.add(key)
+                    yield row
 
-        return True
+            token = response.headers.get("x-next-token")
+            if not token:
+                return
+
+            idle = 0 if len(seen) > before else idle + 1
+            if idle == IDLE_PAGES:
+                msg = f"`{op}` was given page after page that bring nothing new. Check what answers at the API URL."
+                raise ProtocolError(msg, op=op)
+
+            params["nextToken"] = token
+
+    async def _ask(
+        self, kind: type[T], op: str, method: str, path: str, sandbox_id: str | None = None, **more: Any
+    ) -> T:
+        """As `_send`, and reads the answer; `object` is any JSON or none, but no login page of a network in between."""
+        answer = (await self._send(op, method, path, sandbox_id, **more)).content
+        return wire.parsed(kind, answer or b"null", op, sandbox_id)
 
     async def _send(
         self, op: str, method: str, path: str, sandbox_id: str | None = None, *, running: bool = False, **more: Any
@@ -248,10 +270,7 @@ class ControlPlane:
                 Call(op=op, method=method, path=path, sandbox_id=sandbox_id, believed=not running, **more)
             )
         except NotFoundError as error:
-            if not running or sandbox_id is None:
-                raise
-
-            if await self._state(op, sandbox_id, left()) != "paused":
+            if not running or sandbox_id is None or await self._state(op, sandbox_id, left()) != "paused":
                 raise
 
             msg = f"`{op}` needs a running sandbox, and {sandbox_id!r} is paused. Connect to it first."

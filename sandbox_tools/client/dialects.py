@@ -157,10 +157,7 @@ class Dialect:
 
     def sandbox_headers(self, grant: SandboxGrant, port: int) -> dict[str, str]:
         """What routes a request to one port of a sandbox, and the right to use it."""
-        headers = {
-            self.id_header: self.sandbox_id(grant.sandbox_id, grant.client_id),
-            self.port_header: str(port),
-        }
+        headers = {self.id_header: self.sandbox_id(grant.sandbox_id, grant.client_id), self.port_header: str(port)}
         # It opens all of the sandbox, so it is no business of a server that somebody runs in there.
         if grant.envd_access_token and port in (ENVD_PORT, INTERPRETER_PORT):
             headers["X-Access-Token"] = grant.envd_access_token

@@ -1,27 +1,20 @@
-"""Between bytes and our models: arguments into bodies, answers and pages into data."""
+"""Between bytes and our models: arguments into bodies, answers into data."""
 
 from __future__ import annotations
 
 import functools
 import urllib.parse
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import suppress
+from collections.abc import Awaitable
 from datetime import datetime
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from sandbox_tools.client.transport import Call, Transport
 from sandbox_tools.errors import ConfigError, NotFoundError, ProtocolError
 
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 N = TypeVar("N", bound=float | None)
-
-IDLE_PAGES = 3
-"""Pages in a row that may bring nothing new: one may be empty, or come twice."""
-
-_ROWS = list[dict[str, Any]] | None
 
 
 @functools.cache
@@ -91,56 +84,6 @@ def parsed(kind: type[T], answer: Any, op: str, sandbox_id: str | None = None) -
         raise ProtocolError(msg, op=op, sandbox_id=sandbox_id) from None
 
 
-def done(answer: bytes, op: str, sandbox_id: str | None = None) -> None:
-    """An answer that holds nothing; the login page of a network in between is not one."""
-    parsed(object, answer or b"null", op, sandbox_id)
-
-
-def present(kind: type[T], answer: bytes, op: str, sandbox_id: str | None = None) -> T:
-    """An answer's one object, in which a null means the same as an absent field."""
-    return parsed(kind, _present(parsed(dict[str, Any], answer, op, sandbox_id)), op, sandbox_id)
-
-
 def rows(kind: type[T], answer: bytes, op: str, sandbox_id: str | None = None) -> list[T]:
-    """An answer's array of objects."""
-    with suppress(ProtocolError):
-        return parsed(list[kind], answer, op)  # type: ignore[valid-type]
-
-    # Slower: with nulls, where the model has none.
-    answered: list[dict[str, Any]] = parsed(_ROWS, answer, op, sandbox_id) or []  # type: ignore[arg-type]
-    return [parsed(kind, _present(row), op, sandbox_id) for row in answered]
-
-
-async def pages(
-    transport: Transport, op: str, path: str, params: Mapping[str, str], kind: type[T], identify: Callable[[T], str]
-) -> AsyncIterator[T]:
-    """The rows of all pages, each once, whatever the server repeats.
-
-    Raises:
-        ProtocolError: Its pages lead nowhere, so that rows may be missing.
-    """
-    seen: set[str] = set()
-    idle = 0
-    params = {"limit": "100", **params}
-    while True:
-        response = await transport.send(Call(op=op, method="GET", path=path, params=params))
-        before = len(seen)
-        for row in rows(kind, response.content, op):
-            if (key := identify(row)) not in seen:
-                seen.add(key)
-                yield row
-
-        token = response.headers.get("x-next-token")
-        if not token:
-            return
-
-        idle = 0 if len(seen) > before else idle + 1
-        if idle == IDLE_PAGES:
-            msg = f"`{op}` was given page after page that bring nothing new. Check what answers at the API URL."
-            raise ProtocolError(msg, op=op)
-
-        params["nextToken"] = token
-
-
-def _present(fields: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in fields.items() if value is not None}
+    """An answer's array, for which some servers say null when it is empty."""
+    return parsed(list[kind] | None, answer, op, sandbox_id) or []  # type: ignore[arg-type, valid-type]
