@@ -8,9 +8,9 @@ import itertools
 import re
 import uuid
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import httpx
 
@@ -47,8 +47,11 @@ from sandbox_tools.paths import state_directory
 CREATE_KEY = "sandbox-tools/create"
 """The metadata under which a sandbox bears the idempotency key of its create."""
 
+_FORKED: Any = list[ForkResult] | CloneResult | None
+"""What fork may answer; null is an empty list."""
 
-class Client(ControlPlane):
+
+class Client(ControlPlane, AbstractAsyncContextManager["Client"]):
     """Creates sandboxes and finds them again; an async context manager that owns its connections.
 
     No I/O happens before the first call. The local provider's engine is started by the first call that does not
@@ -94,9 +97,6 @@ class Client(ControlPlane):
         # Of the time that a create has, the end in which it is looked for if its answer was lost.
         self._look = min(request_timeout, self._long / 10)
         super().__init__(Transport(self.address, request_timeout=request_timeout, engine=engine, inner=transport))
-
-    async def __aenter__(self) -> Self:
-        return self
 
     async def __aexit__(self, *exc_info: object) -> None:
         await self.aclose()
@@ -249,12 +249,8 @@ class Client(ControlPlane):
         body = {"timeout": wire.positive("fork", "timeout", timeout), "count": count, **self.dialect.fork_with}
         more: dict[str, Any] = {"body": body, "idempotent": False, "deadline": self._long}
         response = await self._send("fork", "POST", self.dialect.fork_path, sandbox_id, running=True, **more)
-        if response.content.lstrip()[:1] == b"{":
-            made = wire.parsed(CloneResult, response.content, "fork", sandbox_id).sandboxes
-            results = [ForkResult(sandbox=grant) for grant in made]
-        else:
-            results = wire.rows(ForkResult, response.content, "fork", sandbox_id)
-
+        made = wire.parsed(_FORKED, response.content, "fork", sandbox_id)
+        results = [ForkResult(sandbox=each) for each in made.sandboxes] if isinstance(made, CloneResult) else made or []
         results += [ForkResult()] * (count - len(results))
         return [self._copy(result, sandbox_id) for result in results]
 

@@ -108,29 +108,22 @@ def _parse(line: bytes, sandbox_id: str | None) -> ExecutionEvent | None:
         return None
 
     try:
-        data = _loads(line)
-        kind = data["type"]
-        event = _EVENTS.get(kind)
+        data = decoded(line, "run_code")
+        event = _EVENTS.get(data["type"])
         return event.model_validate(data) if event else None
-    except (ValueError, TypeError, KeyError, RecursionError, ValidationError):
+    except (ProtocolError, TypeError, KeyError, ValidationError):
         msg = f"The sandbox sent a line of {len(line)} bytes that is not an event. Check what answers at its address."
         # Neither the line nor pydantic's error is shown: a server may quote a token.
         raise ProtocolError(msg, op="run_code", sandbox_id=sandbox_id) from None
 
 
-def _loads(data: bytes) -> Any:
-    value = json.loads(data)
-    if _SURROGATE.search(data):
-        # Code may print half a surrogate pair, which no UTF-8 text can hold.
-        value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
-
-    return value
-
-
 def decoded(data: bytes, op: str) -> dict[str, Any]:
     """A message of Connect; a `ProtocolError` of the verb `op` where it is none."""
     try:
-        value = _loads(data)
+        value = json.loads(data)
+        if _SURROGATE.search(data):
+            # Code may print half a surrogate pair, which no UTF-8 text can hold.
+            value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):

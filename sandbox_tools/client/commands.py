@@ -8,9 +8,9 @@ import builtins
 import codecs
 import uuid
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, suppress
+from typing import TYPE_CHECKING, Any
 
 from sandbox_tools.client import rpc
 from sandbox_tools.client.codec import ExecutionCollector
@@ -31,7 +31,7 @@ STARTING = (0.0, 0.1, 0.4)
 INPUT_PIECE = 1024 * 1024
 """Bytes of input in one message; envd takes a few MiB."""
 
-Events = AsyncGenerator[dict[str, Any], None]
+Events = AsyncGenerator[rpc.Message, None]
 
 Told = Callable[[str], None]
 """Called with each piece of output as it arrives."""
@@ -165,7 +165,7 @@ class Commands:
             raise ProtocolError(msg, op=op, sandbox_id=self._sandbox.id) from error
 
 
-class Command:
+class Command(AsyncIterator[Stdout | Stderr], AbstractAsyncContextManager["Command"]):
     """A command that `Commands.start` or `connect` gave: an async iterator of its output as it comes.
 
     Its output waits for whoever iterates, or `wait`s: if nobody does, the command is held up as soon as the buffers on
@@ -184,14 +184,8 @@ class Command:
         self._collector = ExecutionCollector()
         self._ended: dict[str, Any] | None = None
 
-    async def __aenter__(self) -> Self:
-        return self
-
     async def __aexit__(self, *exc_info: object) -> None:
         await self.disconnect()
-
-    def __aiter__(self) -> Self:
-        return self
 
     async def __anext__(self) -> Stdout | Stderr:
         while not self._pieces:

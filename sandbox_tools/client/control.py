@@ -15,7 +15,7 @@ import httpx
 from sandbox_tools.client import wire
 from sandbox_tools.client.dialects import Dialect
 from sandbox_tools.client.transport import LONG_REQUEST, Call, Transport
-from sandbox_tools.errors import ConflictError, NotFoundError, ProtocolError, SandboxError, SandboxStateError
+from sandbox_tools.errors import ConflictError, NotFoundError, ProtocolError, SandboxStateError
 from sandbox_tools.models import Metric, SandboxInfo, SnapshotInfo, State, TimeoutRequest
 
 T = TypeVar("T")
@@ -278,11 +278,7 @@ class ControlPlane:
 
     async def _state(self, op: str, sandbox_id: str, deadline: float) -> State:
         """Looks for the sake of another verb, whose failure it is if that fails."""
-        try:
-            return (await self.info(sandbox_id, deadline=deadline)).state
-        except SandboxError as error:
-            error.op = op
-            raise
+        return (await self._ask(SandboxInfo, op, "GET", "/sandboxes/{id}", sandbox_id, deadline=deadline)).state
 
     async def _left(self, op: str, deadline: float | None) -> Callable[[], float]:
         """Tells the seconds that are left of a call's time, to which the start of a local engine does not count."""

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import json
 import math
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ from sandbox_tools.models import ENVD_PORT
 
 if TYPE_CHECKING:
     from sandbox_tools.client.sandbox import Sandbox
+
+Message = dict[str, Any]
 
 KEEPALIVE = 50
 """Seconds of silence after which envd is asked for a sign of life in a stream."""
@@ -35,18 +37,12 @@ _READS = frozenset({"process.Process/List", "filesystem.Filesystem/Stat", "files
 
 
 async def unary(
-    sandbox: Sandbox,
-    service_method: str,
-    message: Mapping[str, Any],
-    *,
-    op: str,
-    user: str | None = None,
-    timeout: float = 60.0,
-) -> dict[str, Any]:
+    sandbox: Sandbox, call: str, message: Message, *, op: str, user: str | None = None, timeout: float = 60.0
+) -> Message:
     """One message there and one back. Only a pure read is repeated after a byte has left.
 
     Args:
-        service_method: Such as `"filesystem.Filesystem/Stat"`.
+        call: Such as `"filesystem.Filesystem/Stat"`.
         op: The caller's verb, for errors.
         user: Who it is done as. None: the sandbox's default user.
         timeout: Seconds for all of it.
@@ -58,21 +54,15 @@ async def unary(
     content: dict[str, Any] = {
         "headers": _headers("application/json", user, timeout),
         "content": json.dumps(message).encode(),
-        "idempotent": service_method in _READS,
+        "idempotent": call in _READS,
     }
-    answer = await ask(sandbox, op, "POST", ENVD_PORT, f"/{service_method}", timeout=timeout, **content)
+    answer = await ask(sandbox, op, "POST", ENVD_PORT, f"/{call}", timeout=timeout, **content)
     return decoded(answer, op)
 
 
 async def stream(
-    sandbox: Sandbox,
-    service_method: str,
-    message: Mapping[str, Any],
-    *,
-    op: str,
-    user: str | None = None,
-    timeout: float | None = None,
-) -> AsyncGenerator[dict[str, Any], None]:
+    sandbox: Sandbox, call: str, message: Message, *, op: str, user: str | None = None, timeout: float | None = None
+) -> AsyncGenerator[Message, None]:
     """One message there and many back, on a connection of its own, which closing the generator closes.
 
     Args:
@@ -94,7 +84,7 @@ async def stream(
         "timeout": SILENCE,
     }
     decoder = EnvelopeDecoder(op)
-    async with aclosing(exchange(sandbox, op, "POST", ENVD_PORT, f"/{service_method}", **content)) as chunks:
+    async with aclosing(exchange(sandbox, op, "POST", ENVD_PORT, f"/{call}", **content)) as chunks:
         async for chunk in chunks:
             for each, last in decoder.feed(chunk):
                 if not last:

@@ -137,18 +137,14 @@ class Sandbox:
             msg = "A context has a language already. Pass `context` or `language`, not both."
             raise ConfigError(msg, op=op, sandbox_id=self.id)
 
-        msg = (
-            f"The code ran longer than its `timeout` of {timeout or 0:g} s and was interrupted. Pass a longer one, or "
-        )
-        msg += "let it work in the background; its variables are kept."
+        limit = f"its `timeout` of {timeout or 0:g} s"
+        msg = f"The code ran longer than {limit} and was interrupted; its variables are kept. Pass a longer one."
         late = ExecutionTimeoutError(msg, op=op, sandbox_id=self.id)
         end = None if timeout is None else asyncio.get_running_loop().time() + timeout
         body = {"code": code, "context_id": context, "language": language, "env_vars": dict(env) if env else None}
         decoder = EventDecoder(sandbox_id=self.id)
-        path = "/execute"
-        async with aclosing(
-            exchange(self, op, "POST", INTERPRETER_PORT, path, json=body, end=end, late=late)
-        ) as chunks:
+        chunks = exchange(self, op, "POST", INTERPRETER_PORT, "/execute", json=body, end=end, late=late)
+        async with aclosing(chunks):
             while True:
                 chunk = await anext(chunks, None)
                 for event in decoder.close() if chunk is None else decoder.feed(chunk):

@@ -99,15 +99,16 @@ async def _read(sandbox: Sandbox, path: str) -> str | None:
     try:
         params = {"path": path, "username": OWNER}
         answer = await ask(sandbox, "resume", "GET", ENVD_PORT, "/files", params=params, idempotent=True, timeout=LIMIT)
+    except NotFoundError:
+        return ""
+    except SandboxError as error:
+        why = str(error)
+    else:
         text = answer.decode(errors="replace")
         if not text.lstrip().startswith("<"):
             return text
 
-        # A page of something in between: it says nothing about the sandbox.
-        log.warning("%s is resumed unverified: a page of HTML came in place of its mark", sandbox.id)
-        return None
-    except NotFoundError:
-        return ""
-    except SandboxError as error:
-        log.warning("%s is resumed unverified: %s", sandbox.id, error)
-        return None
+        why = "a page of something in between came in place of its mark"
+
+    log.warning("%s is resumed unverified: %s", sandbox.id, why)
+    return None

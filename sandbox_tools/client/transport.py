@@ -13,16 +13,9 @@ from typing import Any, TypeVar
 import httpx
 from pydantic import ValidationError
 
+from sandbox_tools.client import retries
 from sandbox_tools.client.dialects import Address
 from sandbox_tools.client.local import LocalEngine
-from sandbox_tools.client.retries import (
-    certainly_not_done,
-    may_have_happened,
-    repeat,
-    retry_after,
-    safe_to_repeat,
-    wait,
-)
 from sandbox_tools.client.sockets import whole
 from sandbox_tools.errors import (
     APIError,
@@ -169,7 +162,8 @@ class Transport:
             APIError: The server said no.
         """
         seconds = self.request_timeout if call.deadline is None else call.deadline
-        again = safe_to_repeat if call.idempotent or IDEMPOTENCY_KEY in call.headers else certainly_not_done
+        twice = call.idempotent or IDEMPOTENCY_KEY in call.headers
+        again = retries.safe_to_repeat if twice else retries.certainly_not_done
         http = self._pooled if call.idempotent else self._fresh
         headers = {**call.headers, "X-API-KEY": self._address.api_key} if self._address.api_key else call.headers
         url = self._address.api_url + call.path
@@ -193,7 +187,7 @@ class Transport:
                 failure = self.translated(error, call.op, call.sandbox_id)
 
             # What one attempt may have done, no later one's failure undoes.
-            doubt = doubt or may_have_happened(failure)
+            doubt = doubt or retries.may_have_happened(failure)
             if doubt and not call.idempotent and failure.retryable:
                 failure.retryable = None
 
@@ -203,7 +197,7 @@ class Transport:
             end = time.monotonic() + seconds
             try:
                 async with in_time(call.op, seconds, call.sandbox_id):
-                    return await repeat(once, lambda error: again(error) and time.monotonic() + wait(error) < end)
+                    return await retries.repeat(once, lambda e: again(e) and time.monotonic() + retries.wait(e) < end)
             except RequestTimeoutError as error:
                 if failure is not None:  # It came while the next attempt was waited for.
                     raise failure from error
@@ -234,8 +228,8 @@ class Transport:
 
             raise failure
 
-        again = safe_to_repeat if idempotent else lambda error: isinstance(error, ConnectError)
-        return await self._with_engine(lambda: repeat(once, again))
+        again = retries.safe_to_repeat if idempotent else lambda error: isinstance(error, ConnectError)
+        return await self._with_engine(lambda: retries.repeat(once, again))
 
     def refusal(self, response: httpx.Response, call: Call) -> SandboxError:
         """The error for an answer of the control plane that is not 2xx."""
@@ -246,10 +240,8 @@ class Transport:
             # A proxy in between may fail in its own words, but only the protocol's own "not found" may be believed:
             # a new sandbox could be made on its strength.
             if status < 500 and status not in (401, 403, 429):
-                msg = (
-                    f"`{call.op}` was answered with status {status} and {self.quoted(response.text)!r}, which is not "
-                    "of the protocol. Check the API URL."
-                )
+                said = f"status {status} and {self.quoted(response.text)!r}"
+                msg = f"`{call.op}` was answered with {said}, which is not of the protocol. Check the API URL."
                 return ProtocolError(msg, op=call.op, sandbox_id=about)
 
             body = ErrorBody(code=status, message=response.text)
@@ -262,8 +254,8 @@ class Transport:
         gone = status == 404 and about is not None and call.believed
         cls = SandboxNotFoundError if gone else error_for_status(status)
         error = self.refused(cls, msg, response, body.error_code, call.op, about)
-        said = response.headers.get("should-retry", "").strip().lower()
-        error.retryable = {"true": True, "false": False}.get(said, error.retryable)
+        should = response.headers.get("should-retry", "").strip().lower()
+        error.retryable = {"true": True, "false": False}.get(should, error.retryable)
         return error
 
     def refused(
@@ -276,7 +268,7 @@ class Transport:
             status_code=response.status_code,
             error_code=self.quoted(slug) if slug and isinstance(slug, str) else None,
             request_id=self.quoted(named) if named else None,
-            retry_after=retry_after(response.headers.get("retry-after")),
+            retry_after=retries.retry_after(response.headers.get("retry-after")),
             op=op,
             sandbox_id=sandbox_id,
         )
@@ -337,10 +329,7 @@ async def in_time(op: str, seconds: float, sandbox_id: str | None = None) -> Asy
         if not limit.expired():
             raise
 
-        msg = (
-            f"`{op}` got no answer within {max(seconds, 0):g} s, so it may have happened. "
-            "Look at the sandbox's state before you try again."
-        )
+        msg = f"`{op}` got no answer within {max(seconds, 0):g} s, so it may have happened. Look at the sandbox first."
         raise RequestTimeoutError(msg, op=op, sandbox_id=sandbox_id) from error
 
 

@@ -79,8 +79,7 @@ def parsed(kind: type[T], answer: Any, op: str, sandbox_id: str | None = None) -
         parse = adapter.validate_json if isinstance(answer, bytes) else adapter.validate_python
         return parse(answer)  # type: ignore[no-any-return]
     except ValidationError:
-        size = f"{len(answer)} bytes" if isinstance(answer, bytes) else "data"
-        msg = f"`{op}` was answered with {size} not of the protocol. Check the API URL, the domain and the template."
+        msg = f"`{op}` got an answer not of the protocol. Check the API URL, the domain and the template."
         raise ProtocolError(msg, op=op, sandbox_id=sandbox_id) from None
 
 
