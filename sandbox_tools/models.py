@@ -28,15 +28,6 @@ class Wire(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True, alias_generator=to_camel)
 
 
-class Answer(Wire):
-    """What a server says of a thing of its own: a null means the same as an absent field."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, said: Any) -> Any:
-        return {name: value for name, value in said.items() if value is not None} if isinstance(said, dict) else said
-
-
 class AutoResume(Wire):
     """Whether traffic wakes a paused sandbox."""
 
@@ -74,7 +65,7 @@ class TimeoutRequest(Wire):
     """Seconds from now until the sandbox's end; may shorten. 0 ends it at once."""
 
 
-class SandboxGrant(Answer):
+class SandboxGrant(Wire):
     """What create and connect answer: the address of a sandbox and the right to use it."""
 
     sandbox_id: Annotated[str, Field(alias="sandboxID")]
@@ -105,7 +96,7 @@ class Spent(Wire):
     paused: float = 0.0
 
 
-class SandboxInfo(Answer):
+class SandboxInfo(Wire):
     """One row of a listing, or the answer to info."""
 
     sandbox_id: Annotated[str, Field(alias="sandboxID")]
@@ -133,7 +124,7 @@ class SandboxInfo(Answer):
     """What it has been doing all its life. None: the provider does not say (only the local engine does)."""
 
 
-class Metric(Answer):
+class Metric(Wire):
     """One sample of what a sandbox takes; bytes, and None where the provider does not say."""
 
     timestamp: datetime
@@ -157,7 +148,7 @@ class Metric(Answer):
         return {name: int(value * 1024**2) for name, value in said.items() if isinstance(value, int | float)} | sample
 
 
-class SnapshotInfo(Answer):
+class SnapshotInfo(Wire):
     """A snapshot; its id is a template for `create`."""
 
     snapshot_id: Annotated[str, Field(alias="snapshotID")]
@@ -174,14 +165,14 @@ class ErrorBody(Wire):
     error_code: Annotated[str | None, Field(alias="error_code")] = None
 
 
-class ForkResult(Answer):
+class ForkResult(Wire):
     """One copy, or why there is none."""
 
     sandbox: SandboxGrant | None = None
     error: ErrorBody | None = None
 
 
-class CloneResult(Answer):
+class CloneResult(Wire):
     """The answer of PPIO's `clone`."""
 
     sandboxes: list[SandboxGrant]

@@ -177,8 +177,7 @@ class ExecutionCollector:
     """
 
     def __init__(self, *, max_stream_end: int = MAX_STREAM_END, max_results: int = MAX_RESULTS) -> None:
-        self._stdout = _Ends(max_stream_end)
-        self._stderr = _Ends(max_stream_end)
+        self._streams = {Stdout: _Ends(max_stream_end), Stderr: _Ends(max_stream_end)}
         self._results: list[Result] = []
         self._room = max_results
         self._crowded_out = 0
@@ -188,10 +187,8 @@ class ExecutionCollector:
     def add(self, event: ExecutionEvent) -> None:
         """Takes the next event."""
         match event:
-            case Stdout():
-                self._stdout.add(event.text, event.omitted_bytes)
-            case Stderr():
-                self._stderr.add(event.text, event.omitted_bytes)
+            case Stdout() | Stderr():
+                self._streams[type(event)].add(event.text, event.omitted_bytes)
             case Result():
                 self._add_result(event)
             case Failure():
@@ -202,7 +199,7 @@ class ExecutionCollector:
     def execution(self) -> Execution:
         """What was collected so far."""
         rest = [Result(omitted_bytes=self._crowded_out)] if self._crowded_out else []
-        (stdout, stdout_omitted), (stderr, stderr_omitted) = self._stdout.text(), self._stderr.text()
+        (stdout, stdout_omitted), (stderr, stderr_omitted) = (ends.text() for ends in self._streams.values())
         return Execution(
             results=self._results + rest,
             stdout=stdout,

@@ -147,10 +147,10 @@ def refusal(
 ) -> SandboxError:
     """What an answer means that is no success: the sandbox's own, or of what lies between; often plain text."""
     transport, status = sandbox._client.transport, response.status_code
-    try:
+    said: dict[str, Any] = {}
+    with suppress(ProtocolError):
         said = decoded(body, op)
-    except ProtocolError:
-        said = {}
+
     if isinstance(said.get("code"), str):
         return failure(sandbox, op, said, late)
 

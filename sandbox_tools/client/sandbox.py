@@ -44,7 +44,6 @@ from sandbox_tools.models import (
 
 if TYPE_CHECKING:
     from sandbox_tools.client.client import Client
-    from sandbox_tools.client.sentinel import Sentinel
 
 LAST_BYTES_TIMEOUT = 2.0
 """Seconds between the last event and the end of its stream."""
@@ -66,9 +65,9 @@ class Sandbox:
         self.template_id = grant.template_id
         self.commands = Commands(self)
         self.files = Files(self)
-        self.sentinel: Sentinel | None = None
+        self.sentinel: sentinel.Sentinel | None = None
         """What the last pause left behind to be checked, for another process as well. None: nothing was left."""
-        self._checked: Sentinel | None = None
+        self._checked: sentinel.Sentinel | None = None
         self._planting = asyncio.Lock()
         self._asleep = False
         """Whether it was paused and nothing has been sent to it since."""
@@ -227,7 +226,7 @@ class Sandbox:
         self._asleep = True
         return paused
 
-    async def plant(self, *, memory: bool = True) -> Sentinel | None:
+    async def plant(self, *, memory: bool = True) -> sentinel.Sentinel | None:
         """Leaves that mark for a pause that somebody else will make, such as the server's timer.
 
         Returns:
@@ -241,7 +240,7 @@ class Sandbox:
 
         return self.sentinel
 
-    async def verify(self, planted: Sentinel) -> bool:
+    async def verify(self, planted: sentinel.Sentinel) -> bool:
         """Whether what was planted has come back; False: nobody could look.
 
         Raises:
