@@ -74,7 +74,9 @@ class Evidence:
         terms = self._terms()
         pool, own = await self._bindings.tallies(held.owner, terms.key)
         plan = self._policy.plan(Idle(owner=held.owner, began=held.idle_since, terms=terms), pool, own)
-        if self._policy.horizon(terms) is not None:
+        horizon = self._policy.horizon(terms)
+        # Past the horizon another process has learned from it already.
+        if horizon is not None and held.idle_since > self._clock.time() - horizon:
             await self._bindings.begin_idle(
                 held.handle, owner=held.owner, began=held.idle_since, terms=terms.key, threshold=plan.pause_after
             )

@@ -73,6 +73,8 @@ class Rest:
         self.expiry = expiry
         self.template = template
         self.awake: dict[str, Awake] = {}
+        self.under_way: set[str] = set()
+        """The handles that this process is changing, or about to."""
         self.stamps = Stamps(client, bindings, clock)
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
@@ -208,11 +210,15 @@ class Rest:
         # Whoever dies while it looks after what is idle is not to keep the next message waiting for long; a beat comes
         # before this is over too.
         now, expiry = self.clock.time(), self.expiry / 3 if unless == "used" else self.expiry
-        held = await self.bindings.begin_transition(
-            handle, holder=self.holder, now=now, until=now + expiry, unless=unless
-        )
+        self.under_way.add(handle)
         try:
-            yield held
+            held = await self.bindings.begin_transition(
+                handle, holder=self.holder, now=now, until=now + expiry, unless=unless
+            )
+            try:
+                yield held
+            finally:
+                if held is not None:
+                    await self.bindings.abandon(held)
         finally:
-            if held is not None:
-                await self.bindings.abandon(held)
+            self.under_way.discard(handle)

@@ -254,7 +254,8 @@ class Session:
         self._turns.touch(self._key, now)
         try:
             if lease is not None:
-                for pid in opening.result().commands.started:
+                # Other leases of it may start more meanwhile.
+                for pid in tuple(opening.result().commands.started):
                     name, until = f"{lease.handle}/{pid}", now + COMMAND_LIMIT
                     await self._bindings.hold(*self._key, lease.handle, use=name, pid=pid, until=until)
         finally:

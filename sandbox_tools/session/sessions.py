@@ -244,7 +244,8 @@ class Sessions:
             log.warning(said, key[1], self.turn_limit)
             self.turns.drop(key, use)
             await self.end_use(use)
-        await self.bindings.renew(self.holder, now=now, until=now + self.expiry)
+        transitions = self.transitions.under_way
+        await self.bindings.renew(self.holder, transitions=transitions, now=now, until=now + self.expiry)
         used = {lease.handle for lease in self.turns.leases.values()}
         for owner, thread in self.turns.threads():
             if (found := await self.bindings.find(owner, thread)) is not None:
