@@ -143,6 +143,12 @@ def shown(supervisor: Supervisor, snapshot: Snapshot) -> SnapshotInfo:
     return SnapshotInfo(snapshot_id=snapshot.reference, names=names, size_bytes=snapshot.size)
 
 
+async def figures(call: Call) -> Answer:
+    """The engine's own, for Prometheus."""
+    text, kind = call.engine.figures.page()
+    return Answer(content=text, headers={"Content-Type": kind})
+
+
 async def metrics(call: Call) -> Answer:
     """The samples of one sandbox."""
     query: MetricsQuery = call.query
@@ -307,6 +313,15 @@ OPERATIONS: tuple[Operation, ...] = (
         query=MetricsQuery,
         answers={200: list[Metric]},
         errors=(404,),
+    ),
+    Operation(
+        name="figures",
+        method="GET",
+        path="/metrics",
+        summary="The engine's own figures, as Prometheus scrapes them",
+        handler=figures,
+        answers={200: str},
+        extension=True,
     ),
     Operation(
         name="logs",

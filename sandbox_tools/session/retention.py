@@ -104,7 +104,7 @@ class Keeper:
         async for binding, row in self._asleep():
             try:
                 if rules.abandoned_after is not None and row.age >= rules.abandoned_after:
-                    log.info("ending %s, which has been asleep for %.0f s", row.handle, row.age)
+                    log.info("ending %s, which has been asleep for %.0f s", row.handle, row.age, extra=binding.ids)
                     await self._transitions.kill(row.handle, unless="used")
                 elif row.expiring:
                     if rules.on_expiring and (row.handle, row.paused_at) not in self._told:
@@ -116,7 +116,8 @@ class Keeper:
             except SandboxBusyError:
                 continue  # somebody has just begun to use it
             except SandboxError as error:
-                log.warning("could not look after %s, which has been paused for long: %s", row.handle, error)
+                said = "could not look after %s, which has been paused for long: %s"
+                log.warning(said, row.handle, error, extra=binding.ids)
 
     async def _asleep(self) -> AsyncIterator[tuple[Binding, PausedSandbox]]:
         """All that bear our stamp and these bindings know under it."""
@@ -137,7 +138,7 @@ class Keeper:
                 return
             info = await self._transitions.client.info(held.sandbox_id)
             if info.state == "paused" and self._row(info, held, None).expiring:
-                log.info("waking and pausing %s, which the provider would delete soon", handle)
+                log.info("waking and pausing %s, which the provider would delete soon", handle, extra=held.ids)
                 await self._bindings.write(held, state="unknown", sandbox_id=held.sandbox_id)
                 await self._transitions.client.connect(held.sandbox_id, timeout=AWAKE)
                 await self._transitions.put_to_sleep(held)

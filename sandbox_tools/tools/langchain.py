@@ -10,6 +10,7 @@ from langchain_core.runnables import RunnableConfig
 from langchain_core.tools import BaseTool, BaseToolkit, StructuredTool, ToolException
 from pydantic import ConfigDict, ValidationError
 
+from sandbox_tools import telemetry
 from sandbox_tools.session.session import Session
 from sandbox_tools.session.sessions import Sessions
 from sandbox_tools.tools import portal
@@ -107,7 +108,8 @@ class SandboxToolkit(BaseToolkit):
                 await adispatch_custom_event(OUTPUT, piece, config=config)
 
             try:
-                rendered: Rendered = await tool(session, tool.arguments.model_validate(arguments), emit)
+                with telemetry.span("gen_ai.execute_tool", {"thread_id": session.thread}, tool=tool.name):
+                    rendered: Rendered = await tool(session, tool.arguments.model_validate(arguments), emit)
             except RetryableByModel as error:
                 raise ToolException(str(error)) from error
             return rendered.blocks, rendered.artifact

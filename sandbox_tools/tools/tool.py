@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from sandbox_tools import telemetry
 from sandbox_tools.errors import SandboxError
 from sandbox_tools.session.session import Session
 from sandbox_tools.tools.render import Rendered, render_error, render_lost
@@ -67,6 +68,7 @@ class Tool:
         try:
             rendered = await self.call(session, arguments, emit)
         except SandboxError as error:
+            telemetry.failed(error)
             rendered = render_error(error)
         if lost := await session.take_lost():
             told = Rendered.of(render_lost(lost)).blocks
