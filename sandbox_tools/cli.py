@@ -85,6 +85,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="exit after so long without a running sandbox or a request; paused ones lie on disk (default: never)",
     )
+    serve.add_argument(
+        "--retention",
+        type=float,
+        default=30.0,
+        metavar="DAYS",
+        help="how long a paused sandbox is kept (default: 30; 0: until it is killed)",
+    )
     serve.add_argument("--memory-mb", type=int, default=2048, metavar="MB", help="memory of a sandbox (default: 2048)")
 
     savings = add("savings", _savings, "Show what sandboxes cost, and what they would have without pauses.")
@@ -178,6 +185,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         api_key=arguments.api_key,
         idle_exit=arguments.idle_exit,
         memory_mb=arguments.memory_mb,
+        retention_days=arguments.retention,
     )
 
 

@@ -120,6 +120,8 @@ class SandboxInfo(Wire):
     """Bytes on disk of the memory snapshot, 0 while running. None: the provider does not say."""
     frozen_since: datetime | None = None
     """When its processes were stopped, its RAM held; `state` is `"running"` then. None: they run, or it is paused."""
+    expires_at: datetime | None = None
+    """Paused: when the provider deletes it. None: not before it is killed, or the provider does not say."""
     spent: Spent | None = None
     """What it has been doing all its life. None: the provider does not say (only the local engine does)."""
 

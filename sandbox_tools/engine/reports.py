@@ -114,7 +114,10 @@ def _row(call: Call, entry: Entry) -> Row[SandboxInfo]:
     disk = os.statvfs(call.supervisor.lifecycle.sandboxes)
     item = record.info(call.supervisor.now(), pausing=entry.phase in ("pausing", "shutting down")).model_copy(
         # What a sandbox may fill: it shares the disk of its host.
-        update={"disk_size_mb": disk.f_blocks * disk.f_frsize >> 20}
+        update={
+            "disk_size_mb": disk.f_blocks * disk.f_frsize >> 20,
+            "expires_at": call.supervisor.retention.ends_at(entry),
+        }
     )
     return Row(
         id=record.id, starts=tuple(micros(start) for start in (record.started_at, *record.earlier_starts)), item=item

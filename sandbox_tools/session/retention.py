@@ -30,7 +30,8 @@ class PausedSandbox:
         age: Seconds since then.
         snapshot_bytes: Its size on disk. None: the provider does not say.
         current: Whether it is the asking thread's own.
-        expires_at: When the provider deletes it, by its documents. None: not before it is killed, or unknown.
+        expires_at: When the provider deletes it, as it says itself or its documents do. None: not before it is killed,
+            or unknown.
         expiring: Whether that is near, as `Retention.warn_before` says.
     """
 
@@ -59,7 +60,7 @@ class Retention:
             the pause.
         abandoned_after: Seconds asleep after which a sandbox counts as abandoned and is killed. None: never.
         owners: Whose sandboxes these rules are for. None: all that bear an owner's stamp; others are never touched.
-        limit: Seconds for which the provider keeps a paused sandbox. None: as its documents say.
+        limit: Seconds for which the provider keeps a paused sandbox. None: as it says itself, or its documents do.
         every: Seconds between two looks.
     """
 
@@ -150,6 +151,8 @@ class Keeper:
         limit = dialect.retention if self._retention.limit is None else self._retention.limit
         born = datetime.fromtimestamp(binding.created_at, UTC) if dialect.retention_from == "creation" else paused_at
         expires_at = None if limit is None else min(born, paused_at) + timedelta(seconds=limit)
+        if self._retention.limit is None and info.expires_at is not None:
+            expires_at = info.expires_at.astimezone(UTC)
         return PausedSandbox(
             handle=binding.handle,
             thread=binding.thread,
