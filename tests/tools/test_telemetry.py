@@ -18,6 +18,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from sandbox_tools import PauseAfter, SandboxToolkit
 from sandbox_tools.errors import ServerError
+from tests.tools.house import on_the_engine
 
 CONFIG = {"configurable": {"thread_id": "t"}}
 SECRET = "password = 'hunter2'"
@@ -63,7 +64,7 @@ async def test_a_tool_call_is_a_span_over_what_it_did_to_the_sandbox(spans, sess
     await asleep(sessions)
     told = {span.context.span_id: span for span in spans.get_finished_spans()}
     named = [(span.name, told[span.parent.span_id].name if span.parent else None) for span in told.values()]
-    assert [pair for pair in named if pair[0] != "sandbox.exec"] == [
+    assert named == [
         ("sandbox.create", "execute_tool run_code"),
         ("execute_tool run_code", None),
         ("sandbox.pause", None),
@@ -83,6 +84,18 @@ async def test_a_tool_call_is_a_span_over_what_it_did_to_the_sandbox(spans, sess
         "sandbox.id": machine,
         "sandbox.handle": bound.handle,
     }
+    assert "hunter2" not in "".join(span.to_json() for span in told.values())
+
+
+async def test_what_runs_in_a_sandbox_is_a_span_without_a_word_of_it(spans, engine, tmp_path):
+    async with on_the_engine(engine, tmp_path) as house:
+        await run_code(house.sessions, f"{SECRET}\nprint(password)")
+        async with house.sessions.session("t").lease() as sandbox:
+            assert (await sandbox.commands.run("echo hunter2")).stdout == "hunter2\n"
+    told = {span.context.span_id: span for span in spans.get_finished_spans()}
+    ran = [span for span in told.values() if span.name == "sandbox.exec"]
+    assert [dict(span.attributes) for span in ran] == [{"sandbox.id": sandbox.id}] * 2
+    assert told[ran[0].parent.span_id].name == "execute_tool run_code"
     assert "hunter2" not in "".join(span.to_json() for span in told.values())
 
 
