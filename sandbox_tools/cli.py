@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from sandbox_tools.errors import ConfigError, SandboxError
+from sandbox_tools.mcp import add_options as mcp_options
+from sandbox_tools.mcp import run as run_mcp
 from sandbox_tools.paths import state_directory, templates_directory
 from sandbox_tools.policy.savings import SUMMED, Ledger
 
@@ -93,6 +95,9 @@ def _parser() -> argparse.ArgumentParser:
         help="how long a paused sandbox is kept (default: 30; 0: until it is killed)",
     )
     serve.add_argument("--memory-mb", type=int, default=2048, metavar="MB", help="memory of a sandbox (default: 2048)")
+
+    mcp = add("mcp", _mcp, "Serve the tools to MCP clients, over stdio or HTTP.")
+    mcp_options(mcp)
 
     savings = add("savings", _savings, "Show what sandboxes cost, and what they would have without pauses.")
     savings.add_argument(
@@ -187,6 +192,13 @@ def _serve(arguments: argparse.Namespace) -> int:
         memory_mb=arguments.memory_mb,
         retention_days=arguments.retention,
     )
+
+
+def _mcp(arguments: argparse.Namespace) -> int:
+    if arguments.state_dir is not None:
+        os.environ["SANDBOX_TOOLS_STATE_DIR"] = str(_state(arguments))
+    run_mcp(arguments)
+    return 0
 
 
 def _savings(arguments: argparse.Namespace) -> int:

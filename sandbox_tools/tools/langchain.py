@@ -19,7 +19,7 @@ from sandbox_tools.tools.callback import join
 from sandbox_tools.tools.catalog import choose
 from sandbox_tools.tools.owners import Owner, owner_of, thread_of
 from sandbox_tools.tools.render import Rendered, RetryableByModel
-from sandbox_tools.tools.tool import Tool
+from sandbox_tools.tools.tool import Tool, what_to_change
 
 Answer = tuple[list[dict[str, Any]], dict[str, Any]]
 
@@ -153,8 +153,5 @@ def _writer() -> Callable[[Any], None]:
 
 
 def _what_to_change(error: ValidationError | Any) -> str:
-    """What was wrong with the arguments, for the model to correct."""
-    if not isinstance(error, ValidationError):
-        return f"The arguments are not valid: {error}"
-    faults = (f"`{'.'.join(map(str, fault['loc']))}`: {fault['msg']}" for fault in error.errors())
-    return f"The arguments are not valid. {'; '.join(faults)}. Correct them and call again."
+    """What was wrong with the arguments, for the model to correct; LangChain may have an older Pydantic's error."""
+    return what_to_change(error) if isinstance(error, ValidationError) else f"The arguments are not valid: {error}"

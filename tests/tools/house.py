@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 from sandbox_tools import Client, PauseAfter, Sandbox, Sessions
+from sandbox_tools.policy.pause import PausePolicy
 from sandbox_tools.session.bindings import SqliteBindings
 from tests.machine import EngineProcess
 from tests.session.provider import Provider
@@ -135,11 +136,13 @@ def in_memory(process: Callable[..., Sessions], provider: Provider) -> InMemory:
 
 
 @contextlib.asynccontextmanager
-async def on_the_engine(engine: EngineProcess, directory: Path) -> AsyncIterator[OnTheEngine]:
+async def on_the_engine(
+    engine: EngineProcess, directory: Path, policy: PausePolicy | None = None
+) -> AsyncIterator[OnTheEngine]:
     bindings = SqliteBindings(directory / "sessions.db")
     async with Client(provider="local", state_dir=engine.state) as client:
         try:
-            async with Sessions(client, bindings=bindings, policy=PauseAfter(0)) as sessions:
+            async with Sessions(client, bindings=bindings, policy=policy or PauseAfter(0)) as sessions:
                 yield OnTheEngine(sessions, client, engine)
         finally:
             await bindings.aclose()
