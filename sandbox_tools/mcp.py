@@ -20,9 +20,9 @@ TOKEN = "SANDBOX_TOOLS_MCP_TOKEN"
 """The variable with the bearer token of the only principal, where there is no file of them."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str = "python -m sandbox_tools.mcp") -> int:
     """Serve until stdin ends or the process is told to stop; its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m sandbox_tools.mcp", description=__doc__)
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     add_options(parser)
     try:
         run(parser.parse_args(argv))
@@ -47,6 +47,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ask", metavar="NAMES", help="tools before which a person is asked (default: delete, resume)")
     parser.add_argument("--artifacts", type=Path, metavar="DIR", help="where files are handed in and out")
     parser.add_argument("--owner", default="default", help="whose the sandboxes are where nobody is authenticated")
+    parser.add_argument("--state-dir", type=Path, metavar="DIR", help="where this machine keeps its sandboxes")
     parser.add_argument("--pause-after", type=float, metavar="SECONDS", help="idle time (default: as it pays)")
 
 
@@ -56,6 +57,8 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         ConfigError: They contradict each other, or the extra `mcp` is not installed.
     """
+    if options.state_dir is not None:
+        os.environ["SANDBOX_TOOLS_STATE_DIR"] = str(options.state_dir.absolute())
     # Standard output is the protocol's.
     logging.basicConfig(
         level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"

@@ -156,6 +156,36 @@ class SnapshotInfo(Wire):
     """On disk. None: the provider does not say (only the local engine does)."""
 
 
+class LogLine(Wire):
+    """A line as the first version of the route shows it."""
+
+    timestamp: datetime
+    line: str
+
+
+class LogEntry(Wire):
+    """A line with its parts."""
+
+    timestamp: datetime
+    message: str
+    level: str = "info"
+    """`debug`, `info`, `warn` or `error`."""
+    fields: dict[str, str] = {}
+
+
+class Logs(Wire):
+    """What happened to a sandbox, oldest first."""
+
+    logs: list[LogLine] = []
+    log_entries: list[LogEntry] = []
+
+    @property
+    def entries(self) -> list[LogEntry]:
+        """The lines with their parts, where the provider sends those."""
+        lines = [LogEntry(timestamp=each.timestamp, message=each.line) for each in self.logs]
+        return self.log_entries or lines
+
+
 class ErrorBody(Wire):
     """Every error of the control plane."""
 

@@ -9,9 +9,6 @@ from sandbox_tools.engine.bodies import (
     Detail,
     Filter,
     ListQuery,
-    LogEntry,
-    LogLine,
-    Logs,
     LogsQuery,
     LogsV2,
     LogsV2Query,
@@ -29,7 +26,7 @@ from sandbox_tools.engine.operations import Answer, Call, Operation
 from sandbox_tools.engine.saved import Snapshot, normalised
 from sandbox_tools.engine.supervisor import Supervisor
 from sandbox_tools.errors import ConfigError, NotFoundError
-from sandbox_tools.models import SandboxInfo, SnapshotInfo
+from sandbox_tools.models import LogEntry, LogLine, Logs, SandboxInfo, SnapshotInfo
 
 _MOST_IDS = 100
 
