@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from sandbox_tools.cli.common import as_json, named, on_sandboxes, progress, say, show
+from sandbox_tools.cli.common import as_json, extra, named, on_sandboxes, progress, say, show
 from sandbox_tools.errors import ConfigError, ExecutionTimeoutError
 
 if TYPE_CHECKING:
@@ -136,22 +136,19 @@ def _split(place: str) -> tuple[str, str] | None:
     return (sandbox, path) if colon and sandbox and "/" not in sandbox else None
 
 
-def _bar(name: str, size: int, *, quiet: bool) -> Any:
-    from contextlib import contextmanager
-
-    @contextmanager
-    def bar() -> Any:
+@contextmanager
+def _bar(name: str, size: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """Gives what takes how many bytes more have been moved."""
+    with extra("cli"):
         from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-        with progress(*columns, quiet=quiet) as bars:
-            task = bars.add_task(name, total=size)
-            yield lambda moved: bars.advance(task, moved)
-
-    return bar()
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with progress(*columns, quiet=quiet) as bars:
+        task = bars.add_task(name, total=size)
+        yield lambda moved: bars.advance(task, moved)
 
 
-async def _pieces(path: Path, advance: Any) -> AsyncIterator[bytes]:
+async def _pieces(path: Path, advance: Callable[[int], None]) -> AsyncIterator[bytes]:
     with path.open("rb") as file:
         while piece := await asyncio.to_thread(file.read, PIECE):
             yield piece

@@ -11,6 +11,7 @@ import click
 
 from sandbox_tools.cli.common import as_json, console, extra, named, on_sandboxes, progress, say, show
 from sandbox_tools.errors import SandboxError
+from sandbox_tools.policy.report import span
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -89,11 +90,7 @@ def _holds(info: SandboxInfo) -> str:
 
 
 def _span(time: timedelta) -> str:
-    seconds = max(0.0, time.total_seconds())
-    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"
+    return span(max(0.0, time.total_seconds()))
 
 
 Verb = Callable[[str], Awaitable[bool]]

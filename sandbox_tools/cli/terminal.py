@@ -25,6 +25,10 @@ AWAKE = 300
 """Seconds for which the sandbox is kept awake at a time, and renewed after a third of them."""
 
 
+END = 5.0
+"""Seconds that ending a shell which was cut off may take."""
+
+
 async def attach(sandbox: Sandbox, *, user: str | None = None) -> int:
     """Run a login shell until it ends; its exit code.
 
@@ -52,15 +56,17 @@ async def attach(sandbox: Sandbox, *, user: str | None = None) -> int:
                 async for message in events:
                     event = message.get("event", {})
                     if "end" in event:
+                        pid = 0
                         return int(event["end"].get("exitCode", 0)) & 0xFF
                     if data := event.get("data", {}).get("pty"):
                         await asyncio.to_thread(_write, base64.b64decode(data))
         finally:
             for helper in helpers:
                 helper.cancel()
-            # A shell that nobody looks at any more is not to run on.
-            with suppress(SandboxError):
-                await asyncio.shield(sandbox.commands.kill(pid))
+            if pid:  # A shell that nobody looks at any more is not to run on.
+                with suppress(SandboxError, TimeoutError):
+                    async with asyncio.timeout(END):
+                        await sandbox.commands.kill(pid)
     return 1
 
 
