@@ -44,17 +44,17 @@ async def ls(client: Client, of: str | None, as_json: bool) -> None:
 
 @snapshot.command("rm")
 @click.argument("snapshots", nargs=-1, required=True, metavar="SNAPSHOT...")
+@as_json
 @on_sandboxes
-async def remove(client: Client, snapshots: tuple[str, ...]) -> int | None:
+async def remove(client: Client, snapshots: tuple[str, ...], as_json: bool) -> int | None:
     """Delete snapshots; sandboxes made from them live on."""
-    code = None
-    for each in snapshots:
-        if await client.delete_snapshot(each):
-            click.echo(f"{each} deleted")
-        else:
-            say(f"sandbox-tools: There is no snapshot {each!r}.")
-            code = 1
-    return code
+    deleted = {each: await client.delete_snapshot(each) for each in snapshots}
+    if as_json:
+        show(deleted)
+    else:
+        for each, done in deleted.items():
+            click.echo(f"{each} deleted") if done else say(f"sandbox-tools: There is no snapshot {each!r}.")
+    return None if all(deleted.values()) else 1
 
 
 def _tell(snapshots: list[SnapshotInfo], *, as_json: bool) -> None:
