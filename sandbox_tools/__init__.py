@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,10 @@ _HOMES = {
     "tools.middleware": ("SandboxMiddleware", "approvals"),
     "tools.owners": ("configured", "server_user"),
 }
+
+
+# An application says where records go; until then nowhere, not to the last resort's stderr.
+logging.getLogger("sandbox_tools").addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> Any:

@@ -120,6 +120,8 @@ class SandboxInfo(Wire):
     """Bytes on disk of the memory snapshot, 0 while running. None: the provider does not say."""
     frozen_since: datetime | None = None
     """When its processes were stopped, its RAM held; `state` is `"running"` then. None: they run, or it is paused."""
+    expires_at: datetime | None = None
+    """Paused: when the provider deletes it. None: not before it is killed, or the provider does not say."""
     spent: Spent | None = None
     """What it has been doing all its life. None: the provider does not say (only the local engine does)."""
 
@@ -155,6 +157,36 @@ class SnapshotInfo(Wire):
     names: list[str] = []
     size_bytes: int | None = None
     """On disk. None: the provider does not say (only the local engine does)."""
+
+
+class LogLine(Wire):
+    """A line as the first version of the route shows it."""
+
+    timestamp: datetime
+    line: str
+
+
+class LogEntry(Wire):
+    """A line with its parts."""
+
+    timestamp: datetime
+    message: str
+    level: str = "info"
+    """`debug`, `info`, `warn` or `error`."""
+    fields: dict[str, str] = {}
+
+
+class Logs(Wire):
+    """What happened to a sandbox, oldest first."""
+
+    logs: list[LogLine] = []
+    log_entries: list[LogEntry] = []
+
+    @property
+    def entries(self) -> list[LogEntry]:
+        """The lines with their parts, where the provider sends those."""
+        lines = [LogEntry(timestamp=each.timestamp, message=each.line) for each in self.logs]
+        return self.log_entries or lines
 
 
 class ErrorBody(Wire):

@@ -67,7 +67,21 @@ def running_engine(*options: str) -> Iterator[EngineProcess]:
 def engine(templates: Path) -> Iterator[EngineProcess]:
     """The engine for tests that leave it as they found it."""
     with running_engine() as engine:
+        _shared.append(engine)
         yield engine
+        _shared.clear()
+
+
+_shared: list[EngineProcess] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_left() -> Iterator[None]:
+    """The tests of a module leave no sandbox on the shared engine, where those of another would find it."""
+    yield
+    for engine in _shared:
+        left = engine.clear()
+        assert left == [], "left on the shared engine by this module's tests, or by a late one of those before it"
 
 
 @pytest.fixture

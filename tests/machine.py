@@ -88,11 +88,19 @@ class EngineProcess:
         assert answer.status_code == 201, answer.text
         return Box(self, answer.json())
 
-    def clear(self) -> None:
-        """Kill all its sandboxes, which is quicker than the pause that stopping it would give them."""
+    def rows(self) -> list[dict[str, Any]]:
+        """All its sandboxes, as it lists them."""
         with self.http() as http:
-            for row in http.get("/v2/sandboxes").json():
+            rows: list[dict[str, Any]] = http.get("/v2/sandboxes").json()
+        return rows
+
+    def clear(self) -> list[dict[str, Any]]:
+        """Kill all its sandboxes, which is quicker than the pause that stopping it would give them; what there were."""
+        rows = self.rows()
+        with self.http() as http:
+            for row in rows:
                 http.delete(f"/sandboxes/{row['sandboxID']}")
+        return rows
 
     def containers(self) -> list[str]:
         """The sandboxes of this engine whose processes live on this host, by container id."""

@@ -23,7 +23,7 @@ BELOW = {
     "engine": {"guest"},
     "guest": set(),
 }
-SHARED = {"errors", "models", "paths"}
+SHARED = {"errors", "models", "paths", "telemetry"}
 
 
 def imported_rooms(file: Path) -> Iterator[str]:

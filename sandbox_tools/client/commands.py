@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, M
 from contextlib import AbstractAsyncContextManager, suppress
 from typing import TYPE_CHECKING, Any
 
+from sandbox_tools import telemetry
 from sandbox_tools.client import rpc
 from sandbox_tools.client.codec import ExecutionCollector
 from sandbox_tools.client.sockets import completed
@@ -75,19 +76,20 @@ class Commands:
             SandboxStateError: It is paused, and the command with it.
             TransportError: The connection broke; the command may be running still, until its `timeout`.
         """
-        command = await self.start(
-            cmd, cwd=cwd, env=env, user=user, timeout=timeout, stdin=stdin, on_stdout=on_stdout, on_stderr=on_stderr
-        )
-        try:
-            return await command.wait()
-        except SandboxError:
-            raise
-        except BaseException:
-            # Cancelled, or a callback raised: nobody is left who could end it.
-            await completed(self._end_soon({"pid": command.pid}))
-            raise
-        finally:
-            await command.disconnect()
+        with telemetry.span("sandbox.exec", {"sandbox_id": self._sandbox.id}):
+            command = await self.start(
+                cmd, cwd=cwd, env=env, user=user, timeout=timeout, stdin=stdin, on_stdout=on_stdout, on_stderr=on_stderr
+            )
+            try:
+                return await command.wait()
+            except SandboxError:
+                raise
+            except BaseException:
+                # Cancelled, or a callback raised: nobody is left who could end it.
+                await completed(self._end_soon({"pid": command.pid}))
+                raise
+            finally:
+                await command.disconnect()
 
     async def start(
         self,

@@ -16,7 +16,7 @@ from sandbox_tools.client import wire
 from sandbox_tools.client.dialects import Dialect
 from sandbox_tools.client.transport import LONG_REQUEST, Call, Transport
 from sandbox_tools.errors import ConflictError, NotFoundError, ProtocolError, SandboxStateError
-from sandbox_tools.models import Metric, SandboxInfo, SnapshotInfo, State, TimeoutRequest
+from sandbox_tools.models import LogEntry, Logs, Metric, SandboxInfo, SnapshotInfo, State, TimeoutRequest
 
 T = TypeVar("T")
 
@@ -168,6 +168,15 @@ class ControlPlane:
         path = "/sandboxes/{id}/metrics"
         response = await self._send("metrics", "GET", path, sandbox_id, running=True, params=params)
         return wire.rows(Metric, response.content, "metrics", sandbox_id)
+
+    async def logs(self, sandbox_id: str, *, limit: int = 1000) -> builtins.list[LogEntry]:
+        """What happened to a sandbox, oldest first, paused or not.
+
+        Raises:
+            SandboxNotFoundError: It is gone.
+        """
+        path, params = "/sandboxes/{id}/logs", {"limit": str(limit)}
+        return (await self._ask(Logs, "logs", "GET", path, sandbox_id, params=params)).entries
 
     async def snapshot(self, sandbox_id: str, *, name: str | None = None) -> SnapshotInfo:
         """Takes a snapshot of a running sandbox, which runs on; the snapshot outlives it.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from sandbox_tools import telemetry
 from sandbox_tools.client import sentinel
 from sandbox_tools.client.codec import EventDecoder, ExecutionCollector
 from sandbox_tools.client.commands import Commands
@@ -104,15 +105,16 @@ class Sandbox:
         """
         collector = ExecutionCollector()
         events = self.stream_code(code, context=context, language=language, env=env, timeout=timeout)
-        async with aclosing(events):
-            try:
-                async for event in events:
-                    collector.add(event)
-                    if on_event:
-                        on_event(event)
-            except ExecutionTimeoutError as error:
-                error.partial = collector.execution()
-                raise
+        with telemetry.span("sandbox.exec", {"sandbox_id": self.id}):
+            async with aclosing(events):
+                try:
+                    async for event in events:
+                        collector.add(event)
+                        if on_event:
+                            on_event(event)
+                except ExecutionTimeoutError as error:
+                    error.partial = collector.execution()
+                    raise
 
         return collector.execution()
 

@@ -43,7 +43,7 @@ def control_plane(engine: Engine) -> Starlette:
     # A fixed path comes before one that has a parameter in its place.
     paths = sorted({operation.path: None for operation in operations}, key=lambda path: "{" in path)
     routes = Starlette(
-        routes=[_route(path, [each for each in operations if each.path == path]) for path in paths],
+        routes=[_route(engine, path, [each for each in operations if each.path == path]) for path in paths],
         exception_handlers={SandboxError: _failed, HTTPException: _no_route, Exception: _broken},
     )
     # A redirect is no answer that the clients know.
@@ -52,13 +52,14 @@ def control_plane(engine: Engine) -> Starlette:
     return routes
 
 
-def _route(path: str, operations: Sequence[Operation]) -> Route:
+def _route(engine: Engine, path: str, operations: Sequence[Operation]) -> Route:
     by_method = {operation.method: operation for operation in operations}
 
     async def endpoint(request: Request) -> Response:
         method = "GET" if request.method == "HEAD" else request.method
         operation = next(each for each in operations if each.method == method)
-        return _render(await operation.handler(await _call(request, operation)))
+        with engine.figures.timed(operation.name.removesuffix("V2")):
+            return _render(await operation.handler(await _call(request, operation)))
 
     return Route(path, endpoint, methods=list(by_method))
 

@@ -11,7 +11,7 @@ from pydantic import AliasChoices, AwareDatetime, BeforeValidator, ConfigDict, F
 from sandbox_tools.engine.journal import Level
 from sandbox_tools.engine.listing import Order
 from sandbox_tools.engine.saved import REFERENCE
-from sandbox_tools.models import CreateRequest, SandboxInfo, Wire
+from sandbox_tools.models import CreateRequest, LogEntry, SandboxInfo, Wire
 
 MAX_TIMEOUT = 24 * 3600
 """Seconds; the longest that E2B's larger plan allows, for a timeout and for a run."""
@@ -270,29 +270,6 @@ class ManyMetrics(Wire):
     """The last sample of each sandbox that has one."""
 
     sandboxes: dict[str, Metric]
-
-
-class LogLine(Wire):
-    """A line as the first version of the route shows it."""
-
-    timestamp: datetime
-    line: str
-
-
-class LogEntry(Wire):
-    """A line with its parts."""
-
-    timestamp: datetime
-    message: str
-    level: Level
-    fields: dict[str, str]
-
-
-class Logs(Wire):
-    """The answer of `GET /sandboxes/{id}/logs`."""
-
-    logs: list[LogLine]
-    log_entries: list[LogEntry]
 
 
 class LogsV2(Wire):

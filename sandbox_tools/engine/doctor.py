@@ -10,12 +10,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sandbox_tools.engine.install import check_machine, find_runsc
+from sandbox_tools.engine.install import check_kind, check_namespaces, find_runsc
 from sandbox_tools.engine.roots import find_root
 from sandbox_tools.errors import ConfigError, SandboxError
 from sandbox_tools.paths import socket_path, templates_directory
 
-LOCAL_EXTRA = ("starlette", "uvicorn", "httptools", "rich", "trustme")
+LOCAL_EXTRA = ("click", "starlette", "uvicorn", "httptools", "prometheus_client", "rich", "trustme")
+
+LEAST_ROOM = 2 << 30
+"""Bytes on the disk below which the template, or the next pause of a large sandbox, may not fit."""
+
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +38,10 @@ def examine(state: Path) -> list[Finding]:
     checks: dict[str, Callable[[], str]] = {
         "machine": _machine,
         "packages": _packages,
+        "namespaces": _namespaces,
+        "control groups": _control_groups,
         "state directory": lambda: _writable(state),
+        "disk": lambda: _disk(state),
         "runsc": lambda: _runsc(state),
         "root file system": lambda: _root(templates_directory(state)),
         "engine": lambda: _engine(state),
@@ -49,9 +57,35 @@ def _finding(what: str, check: Callable[[], str]) -> Finding:
 
 
 def _machine() -> str:
-    check_machine()
-    rights = "root" if os.geteuid() == 0 else "an ordinary user, in a user namespace"
-    return f"Linux on {platform.machine()}, as {rights}"
+    check_kind()
+    return f"Linux on {platform.machine()}"
+
+
+def _namespaces() -> str:
+    check_namespaces()
+    return "as root, none is needed" if os.geteuid() == 0 else "an ordinary user's may be made"
+
+
+def _control_groups() -> str:
+    if os.geteuid() != 0:
+        return "not used by an ordinary user's engine: memory is bounded from inside a sandbox only"
+    unified = CONTROL_GROUPS / "cgroup.controllers"
+    have = unified.read_text().split() if unified.exists() else [each.name for each in CONTROL_GROUPS.glob("*")]
+    missing = [name for name in ("memory", "pids") if name not in have]
+    if missing or not os.access(CONTROL_GROUPS, os.W_OK):
+        what = f"have no {' and no '.join(missing)} controller" if missing else "can't be written to"
+        msg = f"{CONTROL_GROUPS} {what}, so sandboxes can't be bounded. Mount it, in a container with `--privileged`."
+        raise ConfigError(msg)
+    return "memory and processes are bounded"
+
+
+def _disk(state: Path) -> str:
+    disk = os.statvfs(next(path for path in (state, *state.parents) if path.exists()))
+    free = disk.f_bavail * disk.f_frsize
+    if free < LEAST_ROOM:
+        msg = f"only {free / 1e9:.1f} GB are free at {str(state)!r}. Make room, or set `SANDBOX_TOOLS_STATE_DIR`."
+        raise ConfigError(msg)
+    return f"{free / 1e9:.0f} GB free"
 
 
 def _packages() -> str:

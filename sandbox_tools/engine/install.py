@@ -109,11 +109,13 @@ def install_runsc(state: Path) -> Runsc:
 
 
 def check_machine() -> None:
-    """Refuse a machine that can't run gVisor at all.
+    """Refuse a machine that can't run gVisor at all; raises as the two checks do."""
+    check_kind()
+    check_namespaces()
 
-    Raises:
-        ConfigError: Not Linux, an architecture that gVisor lacks, or user namespaces forbidden to an ordinary user.
-    """
+
+def check_kind() -> None:
+    """Raises a `ConfigError` where this is not Linux, or of an architecture that gVisor lacks."""
     if sys.platform != "linux":
         msg = f"The local engine needs Linux; this is {sys.platform!r}. Run it in a Linux machine.\n{USE_A_CLOUD}"
         raise ConfigError(msg, op="setup")
@@ -122,6 +124,9 @@ def check_machine() -> None:
         msg = f"gVisor runs on {' and '.join(MACHINES)}; this machine is {platform.machine()!r}.\n{USE_A_CLOUD}"
         raise ConfigError(msg, op="setup")
 
+
+def check_namespaces() -> None:
+    """Raises a `ConfigError` where user namespaces are forbidden to an ordinary user."""
     if os.geteuid() == 0:
         return
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 from starlette.datastructures import Headers
 
+from sandbox_tools.engine.figures import Figures
 from sandbox_tools.engine.supervisor import Supervisor
 from sandbox_tools.errors import APIError, CapacityError, SandboxError, status_of
 from sandbox_tools.models import ErrorBody
@@ -26,12 +27,14 @@ class Engine:
 
     Attributes:
         preparing: What it is doing until then.
+        figures: What Prometheus scrapes.
         domain: Where the sandboxes' own addresses live, as create and connect answer it. None: nowhere.
     """
 
     def __init__(self) -> None:
         self.preparing = "starting"
         self.domain: str | None = None
+        self.figures = Figures(lambda: self._supervisor)
         self._supervisor: Supervisor | None = None
 
     @property

@@ -9,9 +9,6 @@ from sandbox_tools.engine.bodies import (
     Detail,
     Filter,
     ListQuery,
-    LogEntry,
-    LogLine,
-    Logs,
     LogsQuery,
     LogsV2,
     LogsV2Query,
@@ -29,7 +26,7 @@ from sandbox_tools.engine.operations import Answer, Call, Operation
 from sandbox_tools.engine.saved import Snapshot, normalised
 from sandbox_tools.engine.supervisor import Supervisor
 from sandbox_tools.errors import ConfigError, NotFoundError
-from sandbox_tools.models import SandboxInfo, SnapshotInfo
+from sandbox_tools.models import LogEntry, LogLine, Logs, SandboxInfo, SnapshotInfo
 
 _MOST_IDS = 100
 
@@ -114,7 +111,10 @@ def _row(call: Call, entry: Entry) -> Row[SandboxInfo]:
     disk = os.statvfs(call.supervisor.lifecycle.sandboxes)
     item = record.info(call.supervisor.now(), pausing=entry.phase in ("pausing", "shutting down")).model_copy(
         # What a sandbox may fill: it shares the disk of its host.
-        update={"disk_size_mb": disk.f_blocks * disk.f_frsize >> 20}
+        update={
+            "disk_size_mb": disk.f_blocks * disk.f_frsize >> 20,
+            "expires_at": call.supervisor.retention.ends_at(entry),
+        }
     )
     return Row(
         id=record.id, starts=tuple(micros(start) for start in (record.started_at, *record.earlier_starts)), item=item
@@ -141,6 +141,12 @@ def shown(supervisor: Supervisor, snapshot: Snapshot) -> SnapshotInfo:
     """A snapshot as the wire shows it."""
     names = supervisor.saved.names(snapshot)
     return SnapshotInfo(snapshot_id=snapshot.reference, names=names, size_bytes=snapshot.size)
+
+
+async def figures(call: Call) -> Answer:
+    """The engine's own, for Prometheus."""
+    text, kind = call.engine.figures.page()
+    return Answer(content=text, headers={"Content-Type": kind})
 
 
 async def metrics(call: Call) -> Answer:
@@ -307,6 +313,15 @@ OPERATIONS: tuple[Operation, ...] = (
         query=MetricsQuery,
         answers={200: list[Metric]},
         errors=(404,),
+    ),
+    Operation(
+        name="figures",
+        method="GET",
+        path="/metrics",
+        summary="The engine's own figures, as Prometheus scrapes them",
+        handler=figures,
+        answers={200: str},
+        extension=True,
     ),
     Operation(
         name="logs",

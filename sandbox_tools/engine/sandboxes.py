@@ -37,6 +37,10 @@ class Sandboxes:
         """Those that run and are not on their way elsewhere."""
         return [entry for entry in self.all() if entry.phase == "running"]
 
+    def paused(self) -> list[Entry]:
+        """Those that sleep."""
+        return [entry for entry in self.all() if entry.phase == "paused"]
+
     def entry(self, sandbox_id: str) -> Entry:
         """The sandbox of that id.
 

@@ -21,6 +21,7 @@ import uvicorn
 
 from sandbox_tools.engine.api import Engine
 from sandbox_tools.engine.front import Front
+from sandbox_tools.engine.retention import DEFAULT_DAYS
 from sandbox_tools.engine.runsc import Runsc
 from sandbox_tools.engine.supervisor import Supervisor
 from sandbox_tools.engine.templates import DEFAULT_MEMORY_MB, prepare
@@ -63,6 +64,7 @@ def run(
     memory_mb: int = DEFAULT_MEMORY_MB,
     max_sandboxes: int | None = None,
     idle_exit: float | None = None,
+    retention_days: float = DEFAULT_DAYS,
 ) -> int:
     """Serve until told to stop, and return the process's exit code.
 
@@ -80,6 +82,7 @@ def run(
         max_sandboxes: How many may run at a time; paused ones don't count. None: no limit.
         idle_exit: Seconds without a running sandbox or a request after which the engine exits; paused sandboxes need
             none. None: never.
+        retention_days: How long a paused sandbox is kept. 0: until it is killed.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     # A stream that a pause or a kill breaks is broken on purpose, and no fault of the server's.
@@ -97,7 +100,7 @@ def run(
                 engine.domain = domain or f"sbx@{_reachable(host)}:{listeners[-1].socket.getsockname()[1]}"
             elif domain is not None:
                 engine.domain = domain
-            prepare_engine = partial(_prepare, state_dir, engine, memory_mb, max_sandboxes)
+            prepare_engine = partial(_prepare, state_dir, engine, memory_mb, max_sandboxes, retention_days)
             asyncio.run(_serve(engine, listeners, prepare_engine, api_key, idle_exit))
     except AlreadyRunningError as error:
         _say(error.message)
@@ -214,7 +217,9 @@ async def _keep_certified(listeners: Sequence[Listener]) -> None:
                     log.error("The certificate could not be renewed, which is tried again: %s", error)
 
 
-async def _prepare(state: Path, engine: Engine, memory_mb: int, max_sandboxes: int | None) -> Supervisor:
+async def _prepare(
+    state: Path, engine: Engine, memory_mb: int, max_sandboxes: int | None, retention_days: float
+) -> Supervisor:
     def on_step(step: str, share: float) -> None:
         if step != engine.preparing:
             log.info("Preparing: %s", step)
@@ -224,7 +229,9 @@ async def _prepare(state: Path, engine: Engine, memory_mb: int, max_sandboxes: i
     template = await prepare(state, templates, on_step, memory_mb=memory_mb)
     engine.preparing = "taking over what an earlier engine left"
     runtime = Runsc(template.runsc, state / "runsc")
-    supervisor = Supervisor(state, templates, template, runtime, max_sandboxes=max_sandboxes)
+    supervisor = Supervisor(
+        state, templates, template, runtime, max_sandboxes=max_sandboxes, retention_days=retention_days
+    )
     await supervisor.start()
     engine.supervisor = supervisor
     log.info("Ready")

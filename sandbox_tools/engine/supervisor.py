@@ -16,6 +16,7 @@ from sandbox_tools.engine.journal import Journal
 from sandbox_tools.engine.lifecycle import Entry, Lifecycle
 from sandbox_tools.engine.metering import Metering
 from sandbox_tools.engine.records import IdempotencyMark
+from sandbox_tools.engine.retention import DEFAULT_DAYS, Retention
 from sandbox_tools.engine.runtime import Container, Runtime
 from sandbox_tools.engine.sandboxes import Sandboxes
 from sandbox_tools.engine.saved import Saved
@@ -48,6 +49,7 @@ class Supervisor:
         runtime: What isolates them.
         now: The wall clock.
         max_sandboxes: How many may run at a time; paused ones don't count. None: no limit.
+        retention_days: How long a paused sandbox is kept. 0: until it is killed.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Supervisor:
         *,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         max_sandboxes: int | None = None,
+        retention_days: float = DEFAULT_DAYS,
     ) -> None:
         self.now = now
         self.sandboxes = Sandboxes(most=max_sandboxes)
@@ -67,6 +70,7 @@ class Supervisor:
         self.journal = Journal(self.lifecycle.sandboxes, now=now)
         self.metering = Metering(self.sandboxes.running, self.lifecycle.container, runtime, now=now)
         self._deadlines = Deadlines(self.sandboxes.running, now=now, on_end=self._on_deadline)
+        self.retention = Retention(self.sandboxes.paused, days=retention_days, now=now, on_over=self._on_over)
         self.transitions = Transitions(
             self.sandboxes,
             self.lifecycle,
@@ -76,6 +80,7 @@ class Supervisor:
             template,
             on_deadline_moved=self._deadlines.changed,
             now=now,
+            retention=self.retention,
         )
         self._runtime = runtime
         self._template = template
@@ -261,11 +266,13 @@ class Supervisor:
         await asyncio.to_thread(self.saved.start)
         self._keys.start(entry.record for entry in self.sandboxes.all())
         self._deadlines.start()
+        self.retention.start()
         self.metering.start()
 
     async def stop(self) -> None:
         """Pause everything that runs, so that neither memory nor state is left behind; what can't be paused runs on."""
         self._deadlines.stop()
+        self.retention.stop()
         self.metering.stop()
         while self._under_way:
             await asyncio.wait(self._under_way)
@@ -286,6 +293,9 @@ class Supervisor:
     def _on_deadline(self, entry: Entry) -> None:
         entry.record = entry.record.model_copy(update={"end_at": self.now() + _RETRY})
         self._spawn(self.transitions.expire(entry, entry.record.end_at))
+
+    async def _on_over(self, entry: Entry) -> None:
+        await self.carry_out(self.transitions.end_kept(entry))
 
     def _on_end(self, entry: Entry, container: Container) -> None:
         self._spawn(self.transitions.lost(entry, container))

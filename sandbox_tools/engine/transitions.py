@@ -13,6 +13,7 @@ from sandbox_tools.engine.journal import Journal
 from sandbox_tools.engine.lifecycle import Entry, Lifecycle
 from sandbox_tools.engine.metering import Metering
 from sandbox_tools.engine.records import TRAFFIC_SECONDS, IdempotencyMark, Record, new_record
+from sandbox_tools.engine.retention import Retention
 from sandbox_tools.engine.runtime import Container
 from sandbox_tools.engine.sandboxes import Sandboxes
 from sandbox_tools.engine.saved import Origin, Saved, normalised
@@ -35,6 +36,7 @@ class Transitions:
         template: What new sandboxes are made from.
         on_deadline_moved: Told whenever a sandbox begins to run or its end moves.
         now: The wall clock.
+        retention: How long what is paused is kept.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Transitions:
         *,
         on_deadline_moved: Callable[[], None],
         now: Callable[[], datetime],
+        retention: Retention,
     ) -> None:
         self._sandboxes = sandboxes
         self._lifecycle = lifecycle
@@ -57,6 +60,7 @@ class Transitions:
         self._template = template
         self._on_deadline_moved = on_deadline_moved
         self._now = now
+        self._retention = retention
 
     @asynccontextmanager
     async def standing(self, entry: Entry, op: str) -> AsyncIterator[None]:
@@ -140,6 +144,9 @@ class Transitions:
     async def _resume(
         self, entry: Entry, seconds: int, *, memory: bool = True, changes: Mapping[str, Any] | None = None
     ) -> None:
+        if self._retention.over(entry):
+            await self._end_kept(entry)
+            raise self._sandboxes.unknown(entry.record.id)
         self._sandboxes.check_room("connect")
         rebooted = not (memory and entry.record.pause_memory)
         await self._lifecycle.resume(entry, timedelta(seconds=seconds), memory=memory, changes=changes or {})
@@ -260,6 +267,15 @@ class Transitions:
                 await self._pause_locked(entry, memory=entry.record.auto_pause_memory)
             except EngineError as error:
                 log.error("%s", error)
+
+    async def end_kept(self, entry: Entry) -> None:
+        async with entry.lock:
+            # Somebody may have resumed it while this waited for the lock.
+            if self._retention.over(entry):
+                await self._end_kept(entry)
+
+    async def _end_kept(self, entry: Entry) -> None:
+        await self.end(entry, f"it was paused for longer than the {self._retention.days:g} days for which it is kept")
 
     async def lost(self, entry: Entry, container: Container) -> None:
         async with entry.lock:

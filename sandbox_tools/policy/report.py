@@ -22,14 +22,16 @@ def table(groups: Mapping[tuple[str, ...], Account]) -> Table:
     Args:
         groups: As `grouped` gives them.
     """
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     width = len(next(iter(groups), ("",)))
-    made = Table(title="What sandboxes cost, in dollars, and what they would have", title_justify="left")
+    title = "What sandboxes cost, in dollars, and what they would have"
+    made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in ("owner", "thread", "sandbox")[:width]:
-        made.add_column(column, overflow="fold")
-    columns = ("running", "frozen", "paused", "pauses", "resumes", "waited", "spent", "5-min timer", "always on")
-    for column in (*columns, "below timer"):
+        made.add_column(column, overflow="fold", min_width=9)
+    columns = ("running", "frozen", "paused", "pauses", "resumes", "waited", "spent", "5-min\ntimer", "always\non")
+    for column in (*columns, "below\ntimer"):
         made.add_column(column, justify="right", no_wrap=True)
     for group, account in sorted(groups.items()):
         made.add_row(*group, *_cells(account))

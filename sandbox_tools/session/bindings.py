@@ -10,31 +10,26 @@ share a database must agree within a few seconds, against expiries of a minute.
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 
-from sandbox_tools.session.database import Connection, Database, PostgresDatabase, SqliteDatabase
-from sandbox_tools.session.notes import Notes
+from sandbox_tools.session.database import Connection, Database, SqliteDatabase
+from sandbox_tools.session.postgres import PostgresDatabase
 from sandbox_tools.session.queries import (
     binding_in,
     current_of,
     insert_binding,
+    lock_thread,
     many,
     note_lost,
-    note_used,
     one,
     write_pointer,
-    write_use,
 )
-from sandbox_tools.session.rows import COLUMNS, Binding, Hint, Hold, Unless, new_handle
-
-STALE = 86_400.0
-"""Seconds after its expiry at which what a dead process left of a use is dropped."""
-
-TAKEN_OVER = 100
-"""How many neglected sandboxes one look finds at most."""
+from sandbox_tools.session.rows import COLUMNS, Binding, Hint, Unless, new_handle
+from sandbox_tools.session.uses import Uses
 
 
-class Bindings(Notes):
+class Bindings(Uses):
     """All of it, over one database; `SqliteBindings` and `PostgresBindings` name it.
 
     Calls that have begun run to their end, even if their caller is cancelled: whoever may be cancelled therefore names
@@ -59,16 +54,13 @@ class Bindings(Notes):
         """
 
         def work(db: Connection) -> Binding:
-            db.run(
-                "INSERT INTO threads (owner, thread) VALUES (:owner, :thread) ON CONFLICT (owner, thread) DO NOTHING",
-                owner=owner,
-                thread=thread,
-            )
-            db.rows(
-                f"SELECT 1 FROM threads WHERE owner = :owner AND thread = :thread{db.lock}", owner=owner, thread=thread
-            )
-            found = current_of(db, owner, thread)
-            return found or insert_binding(db, owner, thread, new_handle(), now, sensitive=sensitive)
+            lock_thread(db, owner, thread)
+            if (found := current_of(db, owner, thread)) is not None:
+                return found
+            made = insert_binding(db, owner, thread, new_handle(), now, sensitive=sensitive)
+            assert made is not None  # nobody has had that handle before
+            write_pointer(db, owner, thread, made.handle)
+            return made
 
         return await self._transact(work)
 
@@ -110,131 +102,28 @@ class Bindings(Notes):
         """
 
         def work(db: Connection) -> bool:
-            bound = one(db, "WHERE handle = :handle OR sandbox_id = :id", handle=handle, id=sandbox_id)
-            if bound is not None:
+            lock_thread(db, owner, thread)
+            bound = insert_binding(
+                db,
+                owner,
+                thread,
+                handle,
+                now,
+                sensitive=sensitive,
+                sandbox_id=sandbox_id,
+                state=state,
+                # The handle may have been bound before: nobody who held it then may have a fence of these.
+                fence=secrets.randbits(30),
+            )
+            if bound is None:
                 return False
             before = current_of(db, owner, thread)
-            if before is not None and before.state == "new":
-                db.run("DELETE FROM sandboxes WHERE handle = :handle AND state = 'new'", handle=before.handle)
-                before = None
-            insert_binding(db, owner, thread, handle, now, sensitive=sensitive, point=before is None)
-            db.run(
-                "UPDATE sandboxes SET sandbox_id = :id, state = :state WHERE handle = :handle",
-                id=sandbox_id,
-                state=state,
-                handle=handle,
-            )
+            unmade = "DELETE FROM sandboxes WHERE handle = :handle AND state = 'new' AND holder IS NULL"
+            if before is None or db.run(unmade, handle=before.handle):
+                write_pointer(db, owner, thread, handle)
             return True
 
         return await self._transact(work)
-
-    # Uses.
-
-    async def begin_lease(
-        self,
-        owner: str,
-        thread: str,
-        handle: str,
-        *,
-        use: str,
-        holder: str,
-        now: float,
-        until: float,
-        ahead: bool = False,
-    ) -> Binding | None:
-        """Keep the sandbox from being paused until `until`; its idle period is over.
-
-        `ahead`: it is only woken, for a tool call that may come.
-        Returns:
-            Its binding. None: it is in a transition or gone; look again.
-        """
-        where = "WHERE owner = :owner AND handle = :handle AND (holder IS NULL OR held_until <= :now)"
-
-        def work(db: Connection) -> Binding | None:
-            found = one(db, where + db.lock, owner=owner, handle=handle, now=now)
-            if found is not None:
-                write_use(db, use, "lease", holder, owner, thread, handle, until)
-                note_used(db, handle, now, leased=not ahead)
-            return found
-
-        return await self._transact(work)
-
-    async def begin_turn(self, owner: str, thread: str, *, use: str, holder: str, now: float, until: float) -> None:
-        """Keep whatever sandbox the thread has, or gets, from being paused by a policy until `until`."""
-
-        def work(db: Connection) -> None:
-            write_use(db, use, "turn", holder, owner, thread, None, until)
-            if (current := current_of(db, owner, thread)) is not None:
-                note_used(db, current.handle, now, leased=False)
-
-        await self._transact(work)
-
-    async def hold(self, owner: str, thread: str, handle: str, *, use: str, pid: int | None, until: float) -> None:
-        """Keep the sandbox from being paused by a policy until `until`, beyond this process; again: until then.
-
-        Args:
-            pid: The command for whose sake. None: somebody asked for a time.
-        """
-        await self._transact(lambda db: write_use(db, use, "hold", "", owner, thread, handle, until, pid))
-
-    async def holds(self, handle: str, now: float) -> list[Hold]:
-        """What holds the sandbox now."""
-        statement = "SELECT id, pid, until FROM uses WHERE handle = :handle AND kind = 'hold' AND until > :now"
-        return await self._transact(lambda db: [Hold(**row) for row in db.rows(statement, handle=handle, now=now)])
-
-    async def end_use(self, use: str, now: float) -> str | None:
-        """End a lease, a turn or a hold, and let the idle time of its sandbox begin.
-
-        Returns:
-            The handle of that sandbox. None: there was no such use, or its thread has no sandbox.
-        """
-
-        def work(db: Connection) -> str | None:
-            ended = db.rows("DELETE FROM uses WHERE id = :use RETURNING owner, thread, handle", use=use)
-            if not ended:
-                return None
-            handle: str | None = ended[0]["handle"]
-            if handle is None:
-                current = current_of(db, ended[0]["owner"], ended[0]["thread"])
-                handle = current.handle if current else None
-            db.run(
-                "UPDATE sandboxes SET idle_since = :now WHERE handle = :handle AND idle_since < :now",
-                now=now,
-                handle=handle,
-            )
-            return handle
-
-        return await self._transact(work)
-
-    async def renew(self, holder: str, *, now: float, until: float) -> None:
-        """Prolong all uses and transitions of one registry, and drop what dead ones left long ago."""
-
-        def work(db: Connection) -> None:
-            db.run("UPDATE uses SET until = :until WHERE holder = :holder", until=until, holder=holder)
-            db.run("UPDATE sandboxes SET held_until = :until WHERE holder = :holder", until=until, holder=holder)
-            db.run("DELETE FROM uses WHERE until < :stale", stale=now - STALE)
-
-        await self._transact(work)
-
-    async def list_idle(self, before: float, now: float) -> list[str]:
-        """The handles of what nobody uses and that should have been paused by then, as the process that was to is gone.
-
-        One that died with a lease in hand had asked no policy yet: then it is what was not used since `before`. One
-        that died in a create may have left what only a stamp tells of. What a command holds counts as in use until
-        it is due to be asked after again.
-        """
-        statement = f"""
-            SELECT handle FROM sandboxes
-            WHERE state IN ('creating', 'running', 'frozen', 'unknown')
-            AND (holder IS NULL OR held_until <= :now) AND coalesce(due_at, idle_since) <= :before
-            AND NOT EXISTS (
-                SELECT 1 FROM uses WHERE uses.handle = sandboxes.handle AND uses.until > :now AND uses.pid IS NULL)
-            AND NOT EXISTS (
-                SELECT 1 FROM uses JOIN threads USING (owner, thread)
-                WHERE uses.handle IS NULL AND threads.handle = sandboxes.handle AND uses.until > :now)
-            ORDER BY coalesce(due_at, idle_since) LIMIT {TAKEN_OVER}"""
-        rows = await self._transact(lambda db: db.rows(statement, before=before, now=now))
-        return [row["handle"] for row in rows]
 
     # Transitions.
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
+from sandbox_tools import telemetry
 from sandbox_tools.errors import SandboxError
 from sandbox_tools.policy.cost import GIB_PRICE, VCPU_PRICE, Terms, measured
 from sandbox_tools.policy.pause import Idle, PausePolicy, Period, Plan
@@ -20,6 +22,8 @@ from sandbox_tools.session.rows import Binding, Ended
 if TYPE_CHECKING:
     from sandbox_tools.client import Client
     from sandbox_tools.client.dialects import Price
+
+log = logging.getLogger("sandbox_tools.session")
 
 USUAL = (2.0, 0.5)
 """vCPU and GiB of a sandbox that nobody has looked at yet."""
@@ -74,7 +78,9 @@ class Evidence:
         terms = self._terms()
         pool, own = await self._bindings.tallies(held.owner, terms.key)
         plan = self._policy.plan(Idle(owner=held.owner, began=held.idle_since, terms=terms), pool, own)
-        if self._policy.horizon(terms) is not None:
+        horizon = self._policy.horizon(terms)
+        # Past the horizon another process has learned from it already.
+        if horizon is not None and held.idle_since > self._clock.time() - horizon:
             await self._bindings.begin_idle(
                 held.handle, owner=held.owner, began=held.idle_since, terms=terms.key, threshold=plan.pause_after
             )
@@ -104,7 +110,10 @@ class Evidence:
             frozen=terms.frozen or 0.0,
             waited=waited,
         )
-        await self._bindings.record(held.handle, held.owner, held.thread, change)
+        log.info("%s is %s", held.handle, state, extra=held.ids)
+        before, seconds = await self._bindings.record(held.handle, held.owner, held.thread, change)
+        if before in ("running", "frozen", "paused"):
+            telemetry.passed(before, seconds)
 
     def turn_was(self, owner: str, *, used: bool) -> None:
         """A turn has ended, and has used its sandbox or not."""

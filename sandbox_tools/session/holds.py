@@ -70,7 +70,7 @@ class Holds:
         try:
             seconds = await self._transitions.set_timeout(held.sandbox_id, seconds)
         except SandboxError as error:
-            log.warning("could not prolong %s, which is in use: %s", handle, error)
+            log.warning("could not prolong %s, which is in use: %s", handle, error, extra=held.ids)
         else:
             await self._bindings.note(held, state=held.state, awake_until=now + seconds)
 

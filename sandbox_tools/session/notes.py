@@ -87,12 +87,17 @@ class Notes:
 
     # The savings report.
 
-    async def record(self, handle: str, owner: str, thread: str, change: Change) -> None:
-        """Note what the sandbox does from now on, and what it has cost so far."""
+    async def record(self, handle: str, owner: str, thread: str, change: Change) -> tuple[str, float]:
+        """Note what the sandbox does from now on, and what it has cost so far.
 
-        def work(db: Connection) -> None:
+        Returns:
+            What it did until now, and for how many seconds. Empty and 0: nothing was known of it.
+        """
+
+        def work(db: Connection) -> tuple[str, float]:
             rows = db.rows(f"SELECT account FROM accounts WHERE handle = :handle{db.lock}", handle=handle)
             before = Account(**json.loads(rows[0]["account"])) if rows else Account()
+            after = before.after(change)
             db.run(
                 """
                 INSERT INTO accounts (handle, owner, thread, account) VALUES (:handle, :owner, :thread, :account)
@@ -100,10 +105,11 @@ class Notes:
                 handle=handle,
                 owner=owner,
                 thread=thread,
-                account=json.dumps(asdict(before.after(change))),
+                account=json.dumps(asdict(after)),
             )
+            return before.state, after.since - before.since if before.state else 0.0
 
-        await self._database.transact(work)
+        return await self._database.transact(work)
 
     async def accounts(self, owner: str | None = None) -> list[tuple[str, str, str, Account]]:
         """The handle, owner, thread and account of each sandbox there was.

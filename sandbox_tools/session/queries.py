@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sandbox_tools.session.database import Connection, Row
-from sandbox_tools.session.rows import COLUMNS, Binding
+from sandbox_tools.session.rows import COLUMNS, Binding, Hint
 
 
 def binding_in(row: Row) -> Binding:
@@ -23,22 +23,43 @@ def current_of(db: Connection, owner: str, thread: str) -> Binding | None:
     return one(db, where, owner=owner, thread=thread)
 
 
+def lock_thread(db: Connection, owner: str, thread: str) -> None:
+    """Have others that would give the thread a sandbox wait until this transaction ends."""
+    where = {"owner": owner, "thread": thread}
+    db.run(
+        "INSERT INTO threads (owner, thread) VALUES (:owner, :thread) ON CONFLICT (owner, thread) DO NOTHING", **where
+    )
+    db.rows(f"SELECT 1 FROM threads WHERE owner = :owner AND thread = :thread{db.lock}", **where)
+
+
 def insert_binding(
-    db: Connection, owner: str, thread: str, handle: str, now: float, *, sensitive: bool, point: bool = True
-) -> Binding:
+    db: Connection,
+    owner: str,
+    thread: str,
+    handle: str,
+    now: float,
+    *,
+    sensitive: bool,
+    sandbox_id: str | None = None,
+    state: Hint = "new",
+    fence: int = 0,
+) -> Binding | None:
+    """A new row. None: the handle or the sandbox has one."""
     rows = db.rows(
         f"""
-        INSERT INTO sandboxes (handle, owner, thread, idle_since, created_at, sensitive)
-        VALUES (:handle, :owner, :thread, :now, :now, :sensitive) RETURNING {COLUMNS}""",
+        INSERT INTO sandboxes (handle, owner, thread, idle_since, created_at, sensitive, sandbox_id, state, fence)
+        VALUES (:handle, :owner, :thread, :now, :now, :sensitive, :sandbox_id, :state, :fence)
+        ON CONFLICT DO NOTHING RETURNING {COLUMNS}""",
         handle=handle,
         owner=owner,
         thread=thread,
         now=now,
         sensitive=int(sensitive),
+        sandbox_id=sandbox_id,
+        state=state,
+        fence=fence,
     )
-    if point:
-        write_pointer(db, owner, thread, handle)
-    return binding_in(rows[0])
+    return binding_in(rows[0]) if rows else None
 
 
 def write_pointer(db: Connection, owner: str, thread: str, handle: str | None) -> None:

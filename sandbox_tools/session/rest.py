@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 from weakref import WeakValueDictionary
 
+from sandbox_tools import telemetry
 from sandbox_tools.errors import ConflictError, NotFoundError, SandboxError, SandboxExpiredError
 from sandbox_tools.session.bindings import Bindings
 from sandbox_tools.session.clock import Clock
@@ -73,6 +74,8 @@ class Rest:
         self.expiry = expiry
         self.template = template
         self.awake: dict[str, Awake] = {}
+        self.under_way: set[str] = set()
+        """The handles that this process is changing, or about to."""
         self.stamps = Stamps(client, bindings, clock)
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
@@ -102,7 +105,8 @@ class Rest:
             if keeps == "nothing":
                 await self.client.kill(held.sandbox_id)
             else:
-                paused = await self.client.pause(held.sandbox_id, memory=keeps == "memory")
+                with telemetry.span("sandbox.pause", held.ids):
+                    paused = await self.client.pause(held.sandbox_id, memory=keeps == "memory")
         except GONE:
             await self.forget(held, "lost")
             return False
@@ -122,10 +126,11 @@ class Rest:
         """Stop its tasks in a transition, memory held. False: something in it is under way; ask again."""
         assert held.sandbox_id is not None
         try:
-            frozen = await self.client.freeze(held.sandbox_id)
+            with telemetry.span("sandbox.freeze", held.ids):
+                frozen = await self.client.freeze(held.sandbox_id)
         except (ConflictError, *GONE) as error:
             # That it is gone is for the next lease, or the pause that is due later, to find out.
-            log.info("could not freeze %s: %s", held.handle, error)
+            log.info("could not freeze %s: %s", held.handle, error, extra=held.ids)
             return False
         if frozen:
             await self.evidence.changed(held, "frozen")
@@ -149,7 +154,7 @@ class Rest:
             seconds = await self.set_timeout(held.sandbox_id, seconds)
         except SandboxError as error:
             # Not even a 404 means lost: a paused sandbox answers it too. The next lease finds out.
-            log.warning("could not set the timeout of %s: %s", held.handle, error)
+            log.warning("could not set the timeout of %s: %s", held.handle, error, extra=held.ids)
             state = "unknown"
         await self.bindings.end_transition(
             held,
@@ -196,7 +201,7 @@ class Rest:
         if await self.bindings.forget(held, lost=why == "lost"):
             await self.evidence.changed(held, why)
             if why == "lost":
-                log.warning("the sandbox %s is gone, and its state with it", held.handle)
+                log.warning("the sandbox %s is gone, and its state with it", held.handle, extra=held.ids)
 
     def _lock(self, handle: str) -> asyncio.Lock:
         """The handle's own; it lives as long as somebody holds or awaits it."""
@@ -208,11 +213,15 @@ class Rest:
         # Whoever dies while it looks after what is idle is not to keep the next message waiting for long; a beat comes
         # before this is over too.
         now, expiry = self.clock.time(), self.expiry / 3 if unless == "used" else self.expiry
-        held = await self.bindings.begin_transition(
-            handle, holder=self.holder, now=now, until=now + expiry, unless=unless
-        )
+        self.under_way.add(handle)
         try:
-            yield held
+            held = await self.bindings.begin_transition(
+                handle, holder=self.holder, now=now, until=now + expiry, unless=unless
+            )
+            try:
+                yield held
+            finally:
+                if held is not None:
+                    await self.bindings.abandon(held)
         finally:
-            if held is not None:
-                await self.bindings.abandon(held)
+            self.under_way.discard(handle)

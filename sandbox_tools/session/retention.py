@@ -30,7 +30,8 @@ class PausedSandbox:
         age: Seconds since then.
         snapshot_bytes: Its size on disk. None: the provider does not say.
         current: Whether it is the asking thread's own.
-        expires_at: When the provider deletes it, by its documents. None: not before it is killed, or unknown.
+        expires_at: When the provider deletes it, as it says itself or its documents do. None: not before it is killed,
+            or unknown.
         expiring: Whether that is near, as `Retention.warn_before` says.
     """
 
@@ -59,7 +60,7 @@ class Retention:
             the pause.
         abandoned_after: Seconds asleep after which a sandbox counts as abandoned and is killed. None: never.
         owners: Whose sandboxes these rules are for. None: all that bear an owner's stamp; others are never touched.
-        limit: Seconds for which the provider keeps a paused sandbox. None: as its documents say.
+        limit: Seconds for which the provider keeps a paused sandbox. None: as it says itself, or its documents do.
         every: Seconds between two looks.
     """
 
@@ -104,7 +105,7 @@ class Keeper:
         async for binding, row in self._asleep():
             try:
                 if rules.abandoned_after is not None and row.age >= rules.abandoned_after:
-                    log.info("ending %s, which has been asleep for %.0f s", row.handle, row.age)
+                    log.info("ending %s, which has been asleep for %.0f s", row.handle, row.age, extra=binding.ids)
                     await self._transitions.kill(row.handle, unless="used")
                 elif row.expiring:
                     if rules.on_expiring and (row.handle, row.paused_at) not in self._told:
@@ -116,7 +117,8 @@ class Keeper:
             except SandboxBusyError:
                 continue  # somebody has just begun to use it
             except SandboxError as error:
-                log.warning("could not look after %s, which has been paused for long: %s", row.handle, error)
+                said = "could not look after %s, which has been paused for long: %s"
+                log.warning(said, row.handle, error, extra=binding.ids)
 
     async def _asleep(self) -> AsyncIterator[tuple[Binding, PausedSandbox]]:
         """All that bear our stamp and these bindings know under it."""
@@ -137,7 +139,7 @@ class Keeper:
                 return
             info = await self._transitions.client.info(held.sandbox_id)
             if info.state == "paused" and self._row(info, held, None).expiring:
-                log.info("waking and pausing %s, which the provider would delete soon", handle)
+                log.info("waking and pausing %s, which the provider would delete soon", handle, extra=held.ids)
                 await self._bindings.write(held, state="unknown", sandbox_id=held.sandbox_id)
                 await self._transitions.client.connect(held.sandbox_id, timeout=AWAKE)
                 await self._transitions.put_to_sleep(held)
@@ -149,6 +151,8 @@ class Keeper:
         limit = dialect.retention if self._retention.limit is None else self._retention.limit
         born = datetime.fromtimestamp(binding.created_at, UTC) if dialect.retention_from == "creation" else paused_at
         expires_at = None if limit is None else min(born, paused_at) + timedelta(seconds=limit)
+        if self._retention.limit is None and info.expires_at is not None:
+            expires_at = info.expires_at.astimezone(UTC)
         return PausedSandbox(
             handle=binding.handle,
             thread=binding.thread,

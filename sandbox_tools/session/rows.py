@@ -42,6 +42,16 @@ class Binding:
     sensitive: bool
     sentinel: str | None
 
+    @property
+    def ids(self) -> dict[str, str | None]:
+        """What a log record or a span of it bears."""
+        return {
+            "sandbox_id": self.sandbox_id,
+            "sandbox_handle": self.handle,
+            "thread_id": self.thread,
+            "owner_id": self.owner,
+        }
+
 
 COLUMNS = ", ".join(field.name for field in fields(Binding))
 

@@ -9,6 +9,7 @@ import secrets
 from collections.abc import AsyncIterator, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from sandbox_tools import telemetry
 from sandbox_tools.errors import ConfigError, ExecutionTimeoutError, SandboxError
 from sandbox_tools.session.retention import PausedSandbox
 from sandbox_tools.session.turns import Lease
@@ -33,6 +34,7 @@ class Session:
         self.owner = owner
         self.sensitive = sensitive
         self._key = (owner, thread)
+        self._ids = {"owner_id": owner, "thread_id": thread}
         self._sessions = sessions
         self._transitions = sessions.transitions
         self._bindings = sessions.bindings
@@ -52,7 +54,10 @@ class Session:
         use = secrets.token_hex(8)
         opening = self._sessions.spawn(self._open(use))
         try:
-            yield await asyncio.shield(opening)
+            sandbox = await asyncio.shield(opening)
+            handle = self._turns.leases[use].handle
+            telemetry.identify({**self._ids, "sandbox_id": sandbox.id, "sandbox_handle": handle})
+            yield sandbox
         except SandboxError as error:
             lease = self._turns.leases.get(use)
             if lease is not None and not isinstance(error, ExecutionTimeoutError):
@@ -232,9 +237,8 @@ class Session:
                 still=lambda: self._turns.has(self._key),
             )
         except SandboxError as error:
-            log.info(
-                "could not wake the sandbox of %r ahead of its turn; the first tool call tries: %s", self.thread, error
-            )
+            said = "could not wake the sandbox of %r ahead of its turn; the first tool call tries: %s"
+            log.info(said, self.thread, error, extra=self._ids)
         finally:
             if not self._sessions.finished:
                 self._idle(await self._sessions.release(use))
@@ -254,7 +258,8 @@ class Session:
         self._turns.touch(self._key, now)
         try:
             if lease is not None:
-                for pid in opening.result().commands.started:
+                # Other leases of it may start more meanwhile.
+                for pid in tuple(opening.result().commands.started):
                     name, until = f"{lease.handle}/{pid}", now + COMMAND_LIMIT
                     await self._bindings.hold(*self._key, lease.handle, use=name, pid=pid, until=until)
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import hashlib
 import logging
 import secrets
@@ -198,7 +199,8 @@ class Sessions:
             msg = "These `Sessions` are closed. Make new ones."
             raise ConfigError(msg)
         if self._sweeping is None:
-            self._sweeping = loop.create_task(self.schedule.run())
+            # In a context of its own: it outlives the run and the trace that happen to begin it.
+            self._sweeping = loop.create_task(self.schedule.run(), context=contextvars.Context())
 
     def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """A task that is not cancelled with whoever waits for it, and that `aclose` waits for."""
@@ -241,10 +243,11 @@ class Sessions:
             await self.end_use(use)
         for key, use in self.turns.forgotten(now - self.turn_limit):
             said = "a turn of the thread %r has been open for %g s without a tool call: it counts as ended"
-            log.warning(said, key[1], self.turn_limit)
+            log.warning(said, key[1], self.turn_limit, extra={"owner_id": key[0], "thread_id": key[1]})
             self.turns.drop(key, use)
             await self.end_use(use)
-        await self.bindings.renew(self.holder, now=now, until=now + self.expiry)
+        transitions = self.transitions.under_way
+        await self.bindings.renew(self.holder, transitions=transitions, now=now, until=now + self.expiry)
         used = {lease.handle for lease in self.turns.leases.values()}
         for owner, thread in self.turns.threads():
             if (found := await self.bindings.find(owner, thread)) is not None:

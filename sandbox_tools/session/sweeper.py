@@ -75,7 +75,8 @@ class Sweeper:
             again = await self._settle(handle, closing)
         except Exception as error:
             unexpected = not isinstance(error, SandboxError)
-            log.warning("could not pause %s, trying again in %g s: %s", handle, RETRY, error, exc_info=unexpected)
+            said, ids = "could not pause %s, trying again in %g s: %s", {"sandbox_handle": handle}
+            log.warning(said, handle, RETRY, error, exc_info=unexpected, extra=ids)
             again = self._clock.time() + RETRY
         if again is None:
             self._plans.pop(handle, None)
@@ -104,7 +105,7 @@ class Sweeper:
                 return None
             pause_at = held.idle_since + plan.pause_after
             if closing or pause_at <= now:
-                log.info("pausing %s: %s", handle, plan.reason)
+                log.info("pausing %s: %s", handle, plan.reason, extra=held.ids)
                 await self._transitions.put_to_sleep(held)
                 return None
             return await self._wait(held, plan, pause_at)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from sandbox_tools import telemetry
 from sandbox_tools.client.sentinel import Sentinel
 from sandbox_tools.errors import (
     OwnershipError,
@@ -154,7 +156,8 @@ class Transitions(Rest):
             if held.state == "paused":
                 # If this process dies before it can say that it runs, others look after it.
                 await self.bindings.note(held, state="unknown", awake_until=now + AWAKE)
-            sandbox = await self.client.connect(held.sandbox_id, timeout=AWAKE)
+            with contextlib.nullcontext() if ran else telemetry.span("sandbox.resume", held.ids):
+                sandbox = await self.client.connect(held.sandbox_id, timeout=AWAKE)
         except GONE:
             async with self._transition(held.handle, unless="nothing") as gone:
                 if gone is not None and gone.sandbox_id == held.sandbox_id:
@@ -177,7 +180,8 @@ class Transitions(Rest):
         try:
             await sandbox.verify(Sentinel.model_validate_json(held.sentinel))
         except StateLostError as error:
-            log.warning("the sandbox %s woke without its %s", held.handle, " and ".join(sorted(error.lost)))
+            lost = " and ".join(sorted(error.lost))
+            log.warning("the sandbox %s woke without its %s", held.handle, lost, extra=held.ids)
             await self.bindings.note_lost(held.handle, *error.lost)
 
     async def _create(self, leased: Binding) -> Sandbox | None:
@@ -192,14 +196,15 @@ class Transitions(Rest):
                     await self.client.kill(stray.sandbox_id)
                 sandbox = await self.client.connect(first.sandbox_id, timeout=AWAKE)
             elif await self.bindings.write(held, state="creating", sandbox_id=None):
-                sandbox = await self.client.create(
-                    self.template,
-                    timeout=AWAKE,
-                    # A sensitive one ends at the timeout where the provider cannot pause without its memory.
-                    auto_pause=self.keeps_files or not held.sensitive,
-                    pause_memory=not (held.sensitive and self.keeps_files),
-                    metadata=stamp(held),
-                )
+                with telemetry.span("sandbox.create", held.ids):
+                    sandbox = await self.client.create(
+                        self.template,
+                        timeout=AWAKE,
+                        # A sensitive one ends at the timeout where the provider cannot pause without its memory.
+                        auto_pause=self.keeps_files or not held.sensitive,
+                        pause_memory=not (held.sensitive and self.keeps_files),
+                        metadata=stamp(held),
+                    )
             else:
                 return None
             until = self.clock.time() + AWAKE

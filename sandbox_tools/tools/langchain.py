@@ -10,6 +10,7 @@ from langchain_core.runnables import RunnableConfig
 from langchain_core.tools import BaseTool, BaseToolkit, StructuredTool, ToolException
 from pydantic import ConfigDict, ValidationError
 
+from sandbox_tools import telemetry
 from sandbox_tools.session.session import Session
 from sandbox_tools.session.sessions import Sessions
 from sandbox_tools.tools import portal
@@ -18,7 +19,7 @@ from sandbox_tools.tools.callback import join
 from sandbox_tools.tools.catalog import choose
 from sandbox_tools.tools.owners import Owner, owner_of, thread_of
 from sandbox_tools.tools.render import Rendered, RetryableByModel
-from sandbox_tools.tools.tool import Tool
+from sandbox_tools.tools.tool import Tool, what_to_change
 
 Answer = tuple[list[dict[str, Any]], dict[str, Any]]
 
@@ -107,7 +108,8 @@ class SandboxToolkit(BaseToolkit):
                 await adispatch_custom_event(OUTPUT, piece, config=config)
 
             try:
-                rendered: Rendered = await tool(session, tool.arguments.model_validate(arguments), emit)
+                with telemetry.span("gen_ai.execute_tool", {"thread_id": session.thread}, tool=tool.name):
+                    rendered: Rendered = await tool(session, tool.arguments.model_validate(arguments), emit)
             except RetryableByModel as error:
                 raise ToolException(str(error)) from error
             return rendered.blocks, rendered.artifact
@@ -151,8 +153,5 @@ def _writer() -> Callable[[Any], None]:
 
 
 def _what_to_change(error: ValidationError | Any) -> str:
-    """What was wrong with the arguments, for the model to correct."""
-    if not isinstance(error, ValidationError):
-        return f"The arguments are not valid: {error}"
-    faults = (f"`{'.'.join(map(str, fault['loc']))}`: {fault['msg']}" for fault in error.errors())
-    return f"The arguments are not valid. {'; '.join(faults)}. Correct them and call again."
+    """What was wrong with the arguments, for the model to correct; LangChain may have an older Pydantic's error."""
+    return what_to_change(error) if isinstance(error, ValidationError) else f"The arguments are not valid: {error}"

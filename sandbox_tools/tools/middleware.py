@@ -20,6 +20,7 @@ from sandbox_tools.tools.artifacts import Artifacts
 from sandbox_tools.tools.callback import SandboxCallback, join
 from sandbox_tools.tools.langchain import SandboxToolkit
 from sandbox_tools.tools.owners import Owner
+from sandbox_tools.tools.tool import question
 
 ASKED: tuple[str, ...] = ("run_code", "run_command", "start_job", "delete_sandbox", "resume_sandbox")
 """What `approvals` asks about."""
@@ -148,9 +149,4 @@ def approvals(
 
 
 def _question(tool_call: Any, state: Any, runtime: Any) -> str:
-    arguments = tool_call["args"]
-    body = arguments.get("code") or arguments.get("command")
-    if body:
-        return f"May this run in the sandbox?\n\n{body}"
-    which = f" {arguments['handle']}" if arguments.get("handle") else ""
-    return f"May `{tool_call['name']}`{which} be done?"
+    return question(tool_call["name"], tool_call["args"])

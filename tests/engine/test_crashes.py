@@ -147,6 +147,27 @@ def test_a_half_written_snapshot_is_swept_and_a_torn_one_is_refused(own_engine: 
     assert box.post("connect", timeout=600).status_code == 201
 
 
+@pytest.mark.parametrize("name", ["pages.img", "checkpoint.img"])
+def test_a_snapshot_whose_bytes_have_changed_is_refused_and_kept(own_engine: EngineProcess, name: str) -> None:
+    """As after a disk that lost what it had said was written: all there, at its full size."""
+    box = own_engine.create()
+    box.run("kept = 'yes'")
+    box.post("pause")
+    (file,) = (own_engine.state / "snapshots" / box.id).glob(f"[!.]*/{name}")
+    whole = file.read_bytes()
+    lost = min(len(whole), 4 << 20)
+    file.write_bytes(bytes(lost) + whole[lost:])
+
+    answer = box.post("connect", timeout=600)
+
+    assert answer.status_code == 500
+    assert "damaged" in answer.json()["message"]
+    assert box.info()["state"] == "paused"
+    file.write_bytes(whole)
+    assert box.post("connect", timeout=600).status_code == 201
+    assert box.value("kept") == "yes"
+
+
 def test_an_engine_that_is_told_to_stop_pauses_what_runs(own_engine: EngineProcess) -> None:
     box = own_engine.create()
     box.run("kept = 'yes'")

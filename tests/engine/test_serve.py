@@ -119,6 +119,7 @@ def test_on_tcp_every_call_but_health_needs_the_key(templates: Path) -> None:
                 while http.get("/health").status_code != 200:
                     pass
                 assert http.get("/v2/sandboxes").status_code == 401
+                assert http.get("/metrics").status_code == 401
                 assert http.get("/v2/sandboxes", headers={"X-API-KEY": "wrong"}).status_code == 401
                 assert http.get("/v2/sandboxes", headers={"X-API-KEY": "secret"}).json() == []
             assert asyncio.run(answer_of_a_client(f"http://127.0.0.1:{port}", "secret")) == "42"

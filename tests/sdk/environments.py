@@ -21,7 +21,7 @@ class BuildError(Exception):
 
 
 def environment(name: str) -> Path:
-    """The directory of an environment, built if it is not there yet: `bin/python`, and for JavaScript `bin/node` and
+    """The directory of an environment, built if it is not there yet: `bin/python`, for npm `bin/node` and
     `node_modules`; in `beside` what only some tests put on their path, because it asks for other versions.
 
     Built aside and renamed, so that what is there is whole; under a lock, so that two runs build it once. Its digest
@@ -43,7 +43,7 @@ def environment(name: str) -> Path:
 
 
 def _pins(name: str) -> list[Path]:
-    packages = sorted(JAVASCRIPT.glob("*.json")) if name == "javascript" else []
+    packages = sorted((HERE / name).glob("*.json"))
     beside = HERE / "pins" / f"{name}-beside.txt"
     return [HERE / "pins" / f"{name}.txt", *packages, *([beside] if beside.exists() else [])]
 

@@ -51,6 +51,8 @@ class Provider:
         self.counter = itertools.count(1)
         self.interpreter = echo
         """What code does here."""
+        self.keeps_for = 0.0
+        """Seconds for which it says that it keeps what is paused. 0: it does not say."""
         self.unreachable: SandboxError | None = None
         """What every request to a sandbox's own address fails with."""
         self.gates: dict[str, asyncio.Event] = {}
@@ -262,4 +264,7 @@ class ProviderClient:
             metadata=machine.metadata,
             cpu_count=2,
             memory_mb=512,
+            expires_at=datetime.fromtimestamp(machine.end + self.provider.keeps_for, UTC)
+            if self.provider.keeps_for
+            else None,
         )

@@ -47,7 +47,7 @@ class Inline(MemoryBindings):
         super().__init__()
         transact = self._database._transact
 
-        async def at_once(work):
+        async def at_once(work, *, key=None):
             await asyncio.sleep(0)
             return transact(work)
 

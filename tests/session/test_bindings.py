@@ -127,9 +127,18 @@ async def test_a_holder_that_slept_past_its_hold_changes_nothing(bindings):
 async def test_renewing_keeps_what_is_held(bindings):
     handle = (await bindings.current("ann", "t", 0)).handle
     await lease(bindings, handle)
-    await bindings.renew("other", now=50, until=110)
+    await bindings.renew("other", transitions=(), now=50, until=110)
     assert await hold(bindings, handle, now=100, unless="leased") is None
     assert await hold(bindings, handle, now=111, unless="leased")
+
+
+async def test_renewing_keeps_the_transitions_that_go_on_and_no_others(bindings):
+    going_on, unwritten = [(await bindings.current("ann", thread, 0)).handle for thread in ("t", "u")]
+    assert await hold(bindings, going_on)
+    assert await hold(bindings, unwritten)  # its process has ended it, and could not say so here
+    await bindings.renew("me", transitions={going_on}, now=50, until=110)
+    assert await hold(bindings, going_on, now=61, holder="other") is None
+    assert await hold(bindings, unwritten, now=61, holder="other")
 
 
 async def test_a_loss_is_told_to_every_thread_that_used_the_sandbox_once(bindings):
@@ -211,12 +220,46 @@ async def test_a_sandbox_that_is_found_again_is_bound_once_and_to_a_thread_that_
 
 
 async def test_many_that_adopt_at_once_bind_it_once(bindings):
+    for number in range(20):
+        more = {"sandbox_id": f"s{number}", "state": "paused", "sensitive": False, "now": 5.0}
+        thread, handle = f"t{number}", f"sbx-{number}"
+        done = await asyncio.gather(*(bindings.adopt("ann", thread, handle, **more) for _ in range(8)))
+        assert sorted(done) == [False] * 7 + [True]
+        assert (await bindings.find("ann", thread)).handle == handle
+    assert len(await bindings.of_owner("ann")) == 20
+
+
+async def test_many_that_adopt_and_ask_for_a_new_one_at_once_have_one_current(bindings):
+    for number in range(20):
+        more = {"sandbox_id": f"s{number}", "state": "paused", "sensitive": False, "now": 5.0}
+        thread, handle = f"t{number}", f"sbx-{number}"
+        adopting = [bindings.adopt("ann", thread, handle, **more) for _ in range(4)]
+        asking = [bindings.current("ann", thread, 5.0) for _ in range(4)]
+        await asyncio.gather(*(each for pair in zip(asking, adopting, strict=True) for each in pair))
+        assert (await bindings.find("ann", thread)).handle == handle
+
+
+async def test_what_is_found_again_replaces_nothing_that_is_being_made(bindings):
+    handle = (await bindings.current("ann", "t", 0)).handle
+    held = await hold(bindings, handle)
     more = {"sandbox_id": "s1", "state": "paused", "sensitive": False, "now": 5.0}
-    done = await asyncio.gather(
-        *(bindings.adopt("ann", "t", "sbx-old", **more) for _ in range(8)), return_exceptions=True
-    )
-    assert [each for each in done if each is True] == [True]
-    assert len(await bindings.of_owner("ann")) == 1
+    assert await bindings.adopt("ann", "t", "sbx-old", **more)
+    assert await bindings.end_transition(held, state="running", sandbox_id="s2")
+    assert (await bindings.find("ann", "t")).sandbox_id == "s2"
+
+
+async def test_who_held_a_handle_before_it_was_lost_and_found_changes_nothing(bindings):
+    handle = (await bindings.current("ann", "t", 0)).handle
+    slow = await hold(bindings, handle)
+    quick = await hold(bindings, handle, now=61, holder="other")
+    assert await bindings.forget(quick, lost=True)
+    more = {"sandbox_id": "s1", "state": "paused", "sensitive": False, "now": 62.0}
+    assert await bindings.adopt("ann", "t", handle, **more)
+    for _ in range(2):
+        held = await hold(bindings, handle, now=62)
+        assert held.fence not in (slow.fence, quick.fence)
+        assert not await bindings.end_transition(slow, state="running", sandbox_id="slow")
+        assert await bindings.end_transition(held, state="paused", sandbox_id="s1")
 
 
 async def test_an_idle_period_ends_with_its_next_use_and_teaches_once(bindings):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from sandbox_tools.errors import ConfigError, ServerError
@@ -51,6 +53,16 @@ async def test_a_hold_outlives_its_process_by_the_servers_timer(process, provide
     assert states(provider) == ["running"]
     clock.advance(30)
     assert states(provider) == ["paused"]
+
+
+async def test_leases_may_end_while_others_start_commands(process, clock):
+    sessions = process(PauseAfter(10))
+    session = sessions.session("t")
+    await use(session)
+    pids = await asyncio.gather(*(start(session) for _ in range(8)))
+    held = await sessions.bindings.find("default", "t")
+    holds = await sessions.bindings.holds(held.handle, clock.time())
+    assert {hold.pid for hold in holds} == set(pids)
 
 
 async def test_a_hold_of_nothing_ends_it(process, provider, clock):

@@ -57,6 +57,14 @@ async def test_the_time_counts_from_what_the_provider_counts_from(process, provi
     assert paused.expires_at.timestamp() == (born if since == "creation" else clock.time()) + 30 * DAY
 
 
+@pytest.mark.usefixtures("month")
+async def test_what_the_provider_itself_says_comes_before_its_documents(process, provider, clock):
+    provider.keeps_for = 7 * DAY
+    session, _ = await sleep(process())
+    (paused,) = await session.list_paused()
+    assert paused.expires_at.timestamp() == clock.time() + 7 * DAY
+
+
 async def test_where_nothing_is_deleted_nothing_expires(process):
     session, _ = await sleep(process())
     (paused,) = await session.list_paused()

@@ -205,13 +205,15 @@ class Rules(RuleBasedStateMachine):
     def wait(self, seconds: float) -> None:
         self.model.now += seconds
 
-    @rule(holder=st.sampled_from(("p1", "p2")))
-    def renew(self, holder: str) -> None:
+    @rule(data=st.data(), holder=st.sampled_from(("p1", "p2")))
+    def renew(self, data: st.DataObject, holder: str) -> None:
         until = self.model.now + EXPIRY
-        self.call("renew", holder, now=self.model.now, until=until)
+        handles = data.draw(st.sets(st.sampled_from(self.handles())))
+        self.call("renew", holder, transitions=handles, now=self.model.now, until=until)
         for use in self.model.uses.values():
             use.until = until if use.holder == holder else use.until
-        for row in self.model.rows.values():
+        for handle in handles & self.model.rows.keys():
+            row = self.model.rows[handle]
             row.held_until = until if row.holder == holder else row.held_until
 
     @rule(owner=st.sampled_from(("ann", "bob")))

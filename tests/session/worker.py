@@ -25,7 +25,8 @@ try:
 except NameError:
     n = 1
 in_file = int(open('n').read()) if os.path.exists('n') else 0
-open('n', 'w').write(str(n))
+open('n.new', 'w').write(str(n))
+os.replace('n.new', 'n')
 print(in_file, n)
 """
 

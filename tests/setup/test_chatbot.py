@@ -48,6 +48,7 @@ def chatbot(engine: EngineProcess) -> Iterator[str]:
     finally:
         server.terminate()
         server.wait(timeout=60)
+        engine.clear()
 
 
 @pytest.mark.skipif(BROWSER is None, reason="there is no Chromium: `make chromium` installs it, as root on Debian")

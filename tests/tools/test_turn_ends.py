@@ -8,7 +8,7 @@ from uuid import uuid4
 
 import pytest
 from langchain.agents import create_agent
-from langchain.agents.middleware import HumanInTheLoopMiddleware
+from langchain.agents.middleware import HumanInTheLoopMiddleware, ToolCallLimitMiddleware
 from langchain_core.messages import AIMessage, AIMessageChunk, ToolMessage
 from langchain_core.messages.tool import tool_call_chunk
 from langchain_core.outputs import ChatGenerationChunk
@@ -17,13 +17,14 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.errors import GraphRecursionError
 from langgraph.graph import END, START, MessagesState, StateGraph
 from langgraph.prebuilt import ToolNode
-from langgraph.types import Command
+from langgraph.types import Command, interrupt
 
 from sandbox_tools import SandboxCallback, SandboxMiddleware, SandboxToolkit, approvals, configured, server_user
 from sandbox_tools.errors import ConfigError, ServerError
 from sandbox_tools.models import Execution, Stdout
 from sandbox_tools.policy.pause import PauseAfter
 from sandbox_tools.testing import ScriptedModel, call
+from tests.tools.house import in_memory, on_the_engine
 
 CONFIG = {"configurable": {"thread_id": "t"}}
 
@@ -70,121 +71,177 @@ def broken() -> str:
     raise ValueError(msg)
 
 
-TWICE = [AIMessage("", tool_calls=[{"name": "run_code", "args": {"code": c}, "id": c} for c in "ab"])]
+@pytest.fixture
+def house_in_memory(process, provider):
+    return in_memory(process, provider)
+
+
+@pytest.fixture
+async def house_on_the_engine(engine, tmp_path):
+    async with on_the_engine(engine, tmp_path) as house:
+        yield house
+
+
+@pytest.fixture(params=["in_memory", "on_the_engine"])
+def house(request):
+    return request.getfixturevalue(f"house_{request.param}")
+
+
+def calls(*named):
+    """Several tool calls in one message."""
+    return AIMessage(
+        "", tool_calls=[{"name": name, "args": args, "id": str(n)} for n, (name, args) in enumerate(named)]
+    )
 
 
 @pytest.mark.parametrize("hook", HOOKS)
-async def test_two_turns_pause_once_each_and_wake_in_between(hook, process, provider):
-    sessions = process(PauseAfter(0))
+async def test_two_turns_pause_once_each_and_wake_in_between(hook, house):
     script = [
-        call("run_code", code="one"),
-        call("run_code", code="two"),
+        call("run_code", code=house.note("one")),
+        call("run_code", code=house.note("two")),
         "done",
-        call("run_code", code="three"),
+        call("run_code", code=house.note("three")),
         "done",
     ]
-    agent, model = HOOKS[hook](sessions, script, checkpointer=InMemorySaver())
+    agent, model = HOOKS[hook](house.sessions, script, checkpointer=InMemorySaver())
     for _ in range(2):
         await agent.ainvoke(ask(), CONFIG)
-        assert await states(sessions, provider) == ["paused"]
+        assert await house.states() == ["paused"]
     assert model.asked[-1][-1].text == "one two three"
-    assert [verb for verb in provider.verbs() if verb in ("create", "pause")] == ["create", "pause", "pause"]
+    assert await house.did() == ["create", "pause", "pause"]
 
 
 @pytest.mark.parametrize("hook", HOOKS)
-async def test_parallel_calls_are_one_sandbox_and_one_pause(hook, process, provider):
-    sessions = process(PauseAfter(0))
-    agent, _ = HOOKS[hook](sessions, [*TWICE, "done"])
+async def test_parallel_calls_are_one_sandbox_and_one_pause(hook, house):
+    both = calls(*(("run_code", {"code": house.note(word)}) for word in "ab"))
+    agent, _ = HOOKS[hook](house.sessions, [both, "done"])
     await agent.ainvoke(ask(), CONFIG)
-    assert await states(sessions, provider) == ["paused"]
-    assert [verb for verb in provider.verbs() if verb in ("create", "pause")] == ["create", "pause"]
+    assert await house.states() == ["paused"]
+    assert await house.did() == ["create", "pause"]
 
 
 @pytest.mark.parametrize("hook", HOOKS)
-async def test_a_turn_that_uses_no_tool_makes_nothing(hook, process, provider):
-    sessions = process(PauseAfter(0))
-    agent, _ = HOOKS[hook](sessions, ["hello"])
+async def test_a_turn_that_uses_no_tool_makes_nothing(hook, house):
+    agent, _ = HOOKS[hook](house.sessions, ["hello"])
     await agent.ainvoke(ask(), CONFIG)
-    assert await states(sessions, provider) == []
+    assert await house.states() == []
 
 
 @pytest.mark.parametrize("hook", HOOKS)
-async def test_a_tool_that_raises_ends_the_turn(hook, process, provider):
-    sessions = process(PauseAfter(0))
-    agent, _ = HOOKS[hook](sessions, [call("run_code", code="x"), call("broken"), "done"], tools=[broken])
+async def test_a_tool_that_raises_ends_the_turn(hook, house):
+    agent, _ = HOOKS[hook](
+        house.sessions, [call("run_code", code=house.note("x")), call("broken"), "done"], tools=[broken]
+    )
     with pytest.raises(ValueError, match="no"):
         await agent.ainvoke(ask(), CONFIG)
-    assert await states(sessions, provider) == ["paused"]
+    assert await house.states() == ["paused"]
 
 
 @pytest.mark.parametrize("hook", HOOKS)
-async def test_a_model_that_raises_ends_the_turn(hook, process, provider):
-    sessions = process(PauseAfter(0))
-    agent, _ = HOOKS[hook](sessions, [call("run_code", code="x")])
+async def test_a_model_that_raises_ends_the_turn(hook, house):
+    agent, _ = HOOKS[hook](house.sessions, [call("run_code", code=house.note("x"))])
     with pytest.raises(IndexError):
         await agent.ainvoke(ask(), CONFIG)
-    assert await states(sessions, provider) == ["paused"]
+    assert await house.states() == ["paused"]
 
 
 @pytest.mark.parametrize("hook", HOOKS)
-async def test_a_cancel_in_the_middle_of_a_tool_ends_the_turn(hook, process, provider):
-    sessions = process(PauseAfter(0))
-    running = asyncio.Event()
-
-    async def hang(handle, code, on_event):
-        running.set()
-        await asyncio.Event().wait()
-
-    provider.interpreter = hang
-    agent, _ = HOOKS[hook](sessions, [call("run_code", code="x")])
+async def test_a_cancel_in_the_middle_of_a_tool_ends_the_turn(hook, house):
+    agent, _ = HOOKS[hook](house.sessions, [call("run_code", code=house.hangs)])
     turn = asyncio.create_task(agent.ainvoke(ask(), CONFIG))
-    await running.wait()
+    await house.begun()
     turn.cancel()
     with pytest.raises(asyncio.CancelledError):
         await turn
-    assert await states(sessions, provider) == ["paused"]
+    assert await house.states() == ["paused"]
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+async def test_arguments_that_are_wrong_end_no_turn_but_its_own(hook, house):
+    script = [call("run_code", cde="x"), call("run_code", code=house.note("x")), "done"]
+    agent, model = HOOKS[hook](house.sessions, script)
+    await agent.ainvoke(ask(), CONFIG)
+    assert "not valid" in model.asked[1][-1].text
+    assert await house.states() == ["paused"]
+    assert await house.noted() == [["x"]]
+
+
+async def test_a_limit_of_tool_calls_ends_the_turn(house):
+    script = [call("run_code", code=house.note(word)) for word in "xyz"]
+    ours, limit = SandboxMiddleware(house.sessions), ToolCallLimitMiddleware(run_limit=2, exit_behavior="end")
+    agent = create_agent(ScriptedModel(script=script), [], middleware=[ours, limit])
+    await agent.ainvoke(ask(), CONFIG)
+    assert await house.states() == ["paused"]
+    assert await house.noted() == [["x", "y"]]
 
 
 @pytest.mark.parametrize("hook", ["callback", "both"])
-async def test_a_recursion_limit_ends_the_turn(hook, process, provider):
-    sessions = process(PauseAfter(0))
-    agent, _ = HOOKS[hook](sessions, [call("run_code", code=str(number)) for number in range(10)])
+async def test_a_tool_that_asks_a_human_lets_the_sandbox_sleep_and_nothing_runs_twice(hook, house):
+    def ask_a_human() -> str:
+        """A tool of somebody else's."""
+        return interrupt("May I?")
+
+    script = [
+        call("run_code", code=house.note("x")),
+        call("ask_a_human"),
+        call("run_code", code=house.note("y")),
+        "done",
+    ]
+    options = {"tools": [ask_a_human], "checkpointer": InMemorySaver()}
+    agent, model = HOOKS[hook](house.sessions, script, **options)
+    await agent.ainvoke(ask(), CONFIG)
+    assert await house.states() == ["paused"]
+    assert await house.did() == ["create", "pause"]
+    await agent.ainvoke(Command(resume="yes"), CONFIG)
+    assert model.asked[-1][-1].text == "x y"
+    assert await house.states() == ["paused"]
+    assert await house.did() == ["create", "pause", "pause"]
+    assert await house.noted() == [["x", "y"]]
+
+
+@pytest.mark.parametrize("hook", ["callback", "both"])
+async def test_a_recursion_limit_ends_the_turn(hook, house):
+    agent, _ = HOOKS[hook](house.sessions, [call("run_code", code=house.note(str(number))) for number in range(10)])
     with pytest.raises(GraphRecursionError):
         await agent.ainvoke(ask(), CONFIG | {"recursion_limit": 4})
-    assert await states(sessions, provider) == ["paused"]
+    assert await house.states() == ["paused"]
 
 
 @pytest.mark.parametrize("hook", ["callback", "both"])
 @pytest.mark.parametrize("way", ["astream", "astream_events"])
-async def test_a_stream_that_nobody_reads_on_ends_the_turn(hook, way, process, provider):
-    sessions = process(PauseAfter(0))
-    agent, _ = HOOKS[hook](sessions, [call("run_code", code="x"), call("run_code", code="y"), "done"])
+async def test_a_stream_that_nobody_reads_on_ends_the_turn(hook, way, house):
+    agent, _ = HOOKS[hook](
+        house.sessions, [call("run_code", code=house.note("x")), call("run_code", code=house.note("y")), "done"]
+    )
     options = {"version": "v2"} if way == "astream_events" else {}
     stream = getattr(agent, way)(ask(), CONFIG, **options)
     async for step in stream:
         if "tools" in step or step.get("event") == "on_tool_end":
             break
     await stream.aclose()
-    assert await states(sessions, provider) == ["paused"]
+    assert await house.states() == ["paused"]
 
 
 @pytest.mark.parametrize("hook", HOOKS)
-async def test_synchronous_runs_end_their_turns_too(hook, process, provider):
-    sessions = process(PauseAfter(0))
-    async with sessions:
-        agent, _ = HOOKS[hook](sessions, [call("run_code", code="x"), "done", call("run_code", code="y"), "done"])
+async def test_synchronous_runs_end_their_turns_too(hook, house):
+    async with house.sessions:
+        agent, _ = HOOKS[hook](
+            house.sessions,
+            [call("run_code", code=house.note("x")), "done", call("run_code", code=house.note("y")), "done"],
+        )
         await asyncio.to_thread(agent.invoke, ask(), CONFIG)
-        assert await states(sessions, provider) == ["paused"]
+        assert await house.states() == ["paused"]
         await asyncio.to_thread(lambda: list(agent.stream(ask(), CONFIG)))
-        assert await states(sessions, provider) == ["paused"]
+        assert await house.states() == ["paused"]
 
 
 @pytest.mark.parametrize("where", ["inner", "outer"])
-async def test_an_agent_inside_a_graph_is_one_turn_of_the_outermost_run(where, process, provider):
-    sessions = process(PauseAfter(0))
-    callback = SandboxCallback(sessions)
-    model = ScriptedModel(script=[call("run_code", code="x"), "done", call("run_code", code="y"), "done"])
-    inner = create_agent(model, SandboxToolkit(sessions).get_tools())
+async def test_an_agent_inside_a_graph_is_one_turn_of_the_outermost_run(where, house):
+    callback = SandboxCallback(house.sessions)
+    model = ScriptedModel(
+        script=[call("run_code", code=house.note("x")), "done", call("run_code", code=house.note("y")), "done"]
+    )
+    inner = create_agent(model, SandboxToolkit(house.sessions).get_tools())
     inner = inner.with_config(callbacks=[callback]) if where == "inner" else inner
     graph = StateGraph(MessagesState)
     graph.add_node("one", inner)
@@ -194,45 +251,41 @@ async def test_an_agent_inside_a_graph_is_one_turn_of_the_outermost_run(where, p
     outer = graph.compile()
     outer = outer.with_config(callbacks=[callback]) if where == "outer" else outer
     await outer.ainvoke(ask(), CONFIG)
-    assert await states(sessions, provider) == ["paused"]
-    assert [verb for verb in provider.verbs() if verb in ("create", "pause")] == ["create", "pause"]
+    assert await house.states() == ["paused"]
+    assert await house.did() == ["create", "pause"]
 
 
 @pytest.mark.parametrize("hook", ["callback", "both"])
-async def test_code_that_a_human_is_asked_about_runs_once_and_the_sandbox_sleeps_while_they_think(
-    hook, process, provider
-):
-    sessions = process(PauseAfter(0))
-    script = [call("run_code", code="x"), call("run_code", code="y"), "done"]
+async def test_code_that_a_human_is_asked_about_runs_once_and_the_sandbox_sleeps_while_they_think(hook, house):
+    script = [call("run_code", code=house.note("x")), call("run_code", code=house.note("y")), "done"]
     model = ScriptedModel(script=script)
     asking = HumanInTheLoopMiddleware(interrupt_on=approvals())
-    ours = SandboxMiddleware(sessions)
+    ours = SandboxMiddleware(house.sessions)
     if hook == "both":
         agent = ours.watch(create_agent(model, [], middleware=[ours, asking], checkpointer=InMemorySaver()))
     else:
-        tools = SandboxToolkit(sessions).get_tools()
+        tools = SandboxToolkit(house.sessions).get_tools()
         agent = create_agent(model, tools, middleware=[asking], checkpointer=InMemorySaver())
         agent = agent.with_config(callbacks=[ours.callback])
 
     asked = await agent.ainvoke(ask(), CONFIG)
     [request] = asked["__interrupt__"][0].value["action_requests"]
-    assert request["description"] == "May this run in the sandbox?\n\nx"
-    assert await states(sessions, provider) == []
+    assert request["description"] == f"May this run in the sandbox?\n\n{house.note('x')}"
+    assert await house.states() == []
     for expected in (["x"], ["x", "y"]):
         await agent.ainvoke(Command(resume={"decisions": [{"type": "approve"}]}), CONFIG)
-        assert await states(sessions, provider) == ["paused"]
-        assert [machine.memory for machine in provider.machines.values()] == [expected]
+        assert await house.states() == ["paused"]
+        assert await house.noted() == [expected]
 
 
-async def test_code_that_a_human_rejects_never_runs(process, provider):
-    sessions = process(PauseAfter(0))
-    model = ScriptedModel(script=[call("run_code", code="x"), "done"])
-    ours = SandboxMiddleware(sessions)
+async def test_code_that_a_human_rejects_never_runs(house):
+    model = ScriptedModel(script=[call("run_code", code=house.note("x")), "done"])
+    ours = SandboxMiddleware(house.sessions)
     middleware = [ours, HumanInTheLoopMiddleware(interrupt_on=approvals("run_code"))]
     agent = ours.watch(create_agent(model, [], middleware=middleware, checkpointer=InMemorySaver()))
     await agent.ainvoke(ask(), CONFIG)
     await agent.ainvoke(Command(resume={"decisions": [{"type": "reject"}]}), CONFIG)
-    assert await states(sessions, provider) == []
+    assert await house.states() == []
 
 
 def test_approvals_are_by_the_names_that_the_model_sees():
@@ -258,19 +311,17 @@ async def test_output_streams_into_a_graphs_custom_mode_while_the_code_runs(proc
     assert heard == [{"sandbox.output": {"tool": "run_code", "stream": "stdout", "text": "hello"}}]
 
 
-async def test_a_graph_of_ones_own_stays_awake_while_any_of_its_tools_works(process, provider):
-    sessions = process(PauseAfter(0))
-    toolkit = SandboxToolkit(sessions)
+async def test_a_graph_of_ones_own_stays_awake_while_any_of_its_tools_works(house):
+    toolkit = SandboxToolkit(house.sessions)
     at_work: list[str] = []
 
     async def search() -> str:
         """Another tool, which works for long."""
-        await settled(sessions)
-        at_work.extend(machine.state for machine in provider.machines.values())
+        at_work.extend(await house.states())
         return "found"
 
-    calls = [{"name": "run_code", "args": {"code": "x"}, "id": "1"}, {"name": "search", "args": {}, "id": "2"}]
-    model = ScriptedModel(script=[AIMessage("", tool_calls=calls), "done"])
+    both = calls(("run_code", {"code": house.note("x")}), ("search", {}))
+    model = ScriptedModel(script=[both, "done"])
     graph = StateGraph(MessagesState)
     graph.add_node("model", lambda state: {"messages": [model.invoke(state["messages"])]})
     graph.add_node("tools", ToolNode([*toolkit.get_tools(), search], awrap_tool_call=toolkit.awrap_tool_call))
@@ -278,7 +329,7 @@ async def test_a_graph_of_ones_own_stays_awake_while_any_of_its_tools_works(proc
     graph.add_conditional_edges("model", lambda state: "tools" if state["messages"][-1].tool_calls else END)
     graph.add_edge("tools", "model")
     await graph.compile().ainvoke(ask(), CONFIG)
-    assert await states(sessions, provider) == ["paused"]
+    assert await house.states() == ["paused"]
     assert "paused" not in at_work
 
 

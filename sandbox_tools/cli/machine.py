@@ -1,0 +1,175 @@
+"""Commands about this machine: its engine, the MCP server, what they need."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sandbox_tools.cli.common import as_json, extra, progress, show, state_dir
+from sandbox_tools.errors import ConfigError
+from sandbox_tools.paths import templates_directory
+
+
+@click.command()
+@click.option(
+    "--uds",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="Listen on this Unix socket.  [default: in the state directory]",
+)
+@click.option("--host", metavar="ADDRESS", help="Listen on TCP at this address instead.")
+@click.option("--port", type=int, metavar="N", help="Its port.  [default: a free one; address: 127.0.0.1]")
+@click.option(
+    "--tls-port",
+    type=int,
+    metavar="N",
+    help="Listen with TLS as well, certified by an authority made in the state directory; 0: a free port.",
+)
+@click.option(
+    "--domain",
+    metavar="NAME",
+    help="What create and connect answer as the sandboxes' domain.  [default on TCP: sbx@ADDRESS:PORT, with TLS]",
+)
+@click.option("--max-sandboxes", type=int, metavar="N", help="Running sandboxes at most.  [default: no limit]")
+@click.option(
+    "--api-key",
+    metavar="KEY",
+    envvar="SANDBOX_TOOLS_API_KEY",
+    help="What clients must send; on TCP one is generated where none is given.  [env: SANDBOX_TOOLS_API_KEY]",
+)
+@click.option(
+    "--idle-exit",
+    type=float,
+    metavar="SECONDS",
+    help="Exit after so long without a running sandbox or a request; paused ones lie on disk.  [default: never]",
+)
+@click.option(
+    "--retention",
+    "retention_days",
+    type=click.FloatRange(0),
+    default=30.0,
+    show_default=True,
+    metavar="DAYS",
+    help="How long a paused sandbox is kept; 0: until it is killed.",
+)
+@click.option("--memory-mb", type=int, default=2048, show_default=True, metavar="MB", help="Memory of a sandbox.")
+@state_dir
+def serve(
+    state_dir: Path, uds: Path | None, host: str | None, port: int | None, tls_port: int | None, **options: Any
+) -> int:
+    """Run the engine in the foreground."""
+    tcp = any(each is not None for each in (host, port, tls_port))
+    if tcp and uds:
+        msg = "An engine listens on a Unix socket or on TCP, not on both. Leave out `--uds`, or the rest."
+        raise ConfigError(msg, op="serve")
+    with extra("local"):
+        from sandbox_tools.engine import serve as engine
+
+    where = (host or "127.0.0.1") if tcp else None
+    return engine.run(state_dir, uds=uds, host=where, port=port or 0, tls_port=tls_port, **options)
+
+
+@click.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("words", nargs=-1, type=click.UNPROCESSED)
+def mcp(words: tuple[str, ...]) -> int:
+    """Serve the tools to MCP clients, over stdio or HTTP; `mcp --help` tells the options."""
+    from sandbox_tools.mcp import main
+
+    return main(words, prog="sandbox-tools mcp")
+
+
+@click.command()
+@as_json
+@state_dir
+def setup(state_dir: Path, as_json: bool) -> None:
+    """Make this machine ready: runsc, the root file system, the warmed template."""
+    with extra("local"):
+        from sandbox_tools.engine import templates
+        from sandbox_tools.engine.install import check_machine, install_runsc, make_directory
+        from sandbox_tools.engine.roots import build_root
+
+    started = time.monotonic()
+    templates_dir = templates_directory(state_dir)
+    check_machine()
+    make_directory(state_dir)
+    with _stages(quiet=as_json) as stage:
+        stage("runsc")("Looking for runsc", 0.0)
+        runsc = install_runsc(state_dir)
+        root = build_root(templates_dir, stage("root file system"))
+        template = asyncio.run(templates.prepare(state_dir, templates_dir, stage("warmed template")))
+    seconds = round(time.monotonic() - started, 1)
+    if as_json:
+        outcome = {"runsc": str(runsc.path), "version": runsc.version, "root": str(root), "template": template.id}
+        show(outcome | {"seconds": seconds})
+    else:
+        click.echo(f"Ready: runsc {runsc.version}, template {template.id} in {templates_dir} ({seconds} s)")
+
+
+@click.command()
+@click.option("--provider", help="Look at this one's key and address.  [default: whose key the environment has]")
+@click.option("--api-url", metavar="URL", help="Where its control plane is, if elsewhere.")
+@as_json
+@state_dir
+def doctor(state_dir: Path, as_json: bool, provider: str | None, api_url: str | None) -> int:
+    """Say what is there, what is missing, and what to do about it; exit code 1 if something is missing."""
+    from sandbox_tools.cli.reach import look
+    from sandbox_tools.engine.doctor import examine
+
+    remote = asyncio.run(look(provider, api_url))
+    findings = remote if remote is not None else examine(state_dir)
+    if as_json:
+        show([asdict(finding) for finding in findings])
+    else:
+        for finding in findings:
+            click.echo(f"{'ok     ' if finding.ok else 'MISSING'}  {finding.what}: {finding.words}")
+    return 0 if all(finding.ok for finding in findings) else 1
+
+
+Stage = Callable[[str], Callable[[str, float], None]]
+"""Begins a named stage; gives what it reports to: words on what is done now, and the share done (0 to 1)."""
+
+
+@contextmanager
+def _stages(*, quiet: bool) -> Iterator[Stage]:
+    """Bars on a terminal, a line a step elsewhere, nothing where `quiet`."""
+    if quiet:
+        yield lambda _: lambda words, share: None
+        return
+
+    if not sys.stderr.isatty():
+        yield lambda name: lambda words, share: click.echo(f"{name}: {words}", err=True)
+        return
+
+    from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns: tuple[Any, ...] = (
+        SpinnerColumn(finished_text="✓"),
+        TextColumn("{task.fields[name]:<18}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with progress(*columns) as bars:
+        running: list[Any] = []
+
+        def finish() -> None:
+            for task in running:
+                bars.update(task, completed=1.0, description="")
+            running.clear()
+
+        def stage(name: str) -> Callable[[str, float], None]:
+            finish()
+            task = bars.add_task("", total=1.0, name=name)
+            running.append(task)
+            return lambda words, share: bars.update(task, completed=share, description=words)
+
+        yield stage
+        finish()
