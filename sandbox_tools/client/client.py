@@ -35,7 +35,6 @@ from sandbox_tools.errors import (
 from sandbox_tools.models import (
     DEFAULT_TEMPLATE,
     DEFAULT_TIMEOUT,
-    AutoResume,
     CloneResult,
     ConnectRequest,
     CreateRequest,
@@ -148,9 +147,7 @@ class Client(ControlPlane, AbstractAsyncContextManager["Client"]):
             raise ConfigError(msg, op="create")
 
         if auto_resume and not (auto_pause and pause_memory):
-            msg = (
-                "`auto_resume` wakes what was paused with its memory. Leave it out, or pass `auto_pause=True` with it."
-            )
+            msg = "`auto_resume` wakes what was paused with its memory. Leave it out, or pass `auto_pause=True` too."
             raise ConfigError(msg, op="create")
 
         if not pause_memory:
@@ -163,7 +160,7 @@ class Client(ControlPlane, AbstractAsyncContextManager["Client"]):
             timeout=wire.positive("create", "timeout", timeout),
             auto_pause=auto_pause,
             auto_pause_memory=pause_memory or not auto_pause,
-            auto_resume=AutoResume(enabled=True) if auto_resume else None,
+            auto_resume={"enabled": True} if auto_resume else None,
             metadata={**(metadata or {}), CREATE_KEY: key},
             env_vars=dict(env or {}),
             allow_internet_access=None if internet else False,

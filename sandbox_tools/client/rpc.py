@@ -51,13 +51,9 @@ async def unary(
         APIError: envd said no; `error_code` is Connect's word for why.
         RequestTimeoutError, SandboxStateError, TransportError: As `exchange.ask`.
     """
-    content: dict[str, Any] = {
-        "headers": _headers("application/json", user, timeout),
-        "content": json.dumps(message).encode(),
-        "idempotent": call in _READS,
-    }
-    answer = await ask(sandbox, op, "POST", ENVD_PORT, f"/{call}", timeout=timeout, **content)
-    return decoded(answer, op)
+    headers, data = _headers("application/json", user, timeout), json.dumps(message).encode()
+    more: dict[str, Any] = {"headers": headers, "content": data, "idempotent": call in _READS}
+    return decoded(await ask(sandbox, op, "POST", ENVD_PORT, f"/{call}", timeout=timeout, **more), op)
 
 
 async def stream(
@@ -75,16 +71,13 @@ async def stream(
     msg = f"`{op}` ran longer than its `timeout`{limit} and was ended. Pass a longer one, or None for no limit."
     late = ExecutionTimeoutError(msg, op=op, sandbox_id=sandbox.id)
     data = json.dumps(message).encode()
-    signs = {"Connect-Content-Encoding": "identity", "Keepalive-Ping-Interval": str(KEEPALIVE)}
-    content: dict[str, Any] = {
-        "headers": _headers("application/connect+json", user, timeout) | signs,
-        "content": ENVELOPE.pack(0, len(data)) + data,
-        "end": None if timeout is None else asyncio.get_running_loop().time() + timeout + GRACE,
-        "late": late,
-        "timeout": SILENCE,
-    }
+    content = ENVELOPE.pack(0, len(data)) + data
+    headers = _headers("application/connect+json", user, timeout)
+    headers |= {"Connect-Content-Encoding": "identity", "Keepalive-Ping-Interval": str(KEEPALIVE)}
+    end = None if timeout is None else asyncio.get_running_loop().time() + timeout + GRACE
+    more: dict[str, Any] = {"headers": headers, "content": content, "end": end, "late": late, "timeout": SILENCE}
     decoder = EnvelopeDecoder(op)
-    async with aclosing(exchange(sandbox, op, "POST", ENVD_PORT, f"/{call}", **content)) as chunks:
+    async with aclosing(exchange(sandbox, op, "POST", ENVD_PORT, f"/{call}", **more)) as chunks:
         async for chunk in chunks:
             for each, last in decoder.feed(chunk):
                 if not last:

@@ -326,9 +326,9 @@ class Sandbox:
         """The URL of one of its ports, and the headers that a request to it needs."""
         self._asleep = False  # what is sent there may wake it
         self._use(self._grant)
-        client = self._client
-        url = client.dialect.sandbox_url(client.address, self._grant, port)
-        return url, client.dialect.sandbox_headers(self._grant, port)
+        dialect = self._client.dialect
+        url = dialect.sandbox_url(self._client.address, self._grant, port)
+        return url, dialect.sandbox_headers(self._grant, port)
 
     async def _open(
         self, op: str, method: str, port: int, path: str, *, headers: Mapping[str, str] | None = None, **content: Any
