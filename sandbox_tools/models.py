@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
+from math import isfinite
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AliasPath, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -147,7 +148,8 @@ class Metric(Wire):
 
         # As PPIO's legacy domains say it.
         said = {f"mem{name}": sample.get(f"mem{name}MiB") for name in ("Used", "Total")}
-        return {name: int(value * 1024**2) for name, value in said.items() if isinstance(value, int | float)} | sample
+        numbers = {name: value for name, value in said.items() if isinstance(value, int | float) and isfinite(value)}
+        return {name: int(value * 1024**2) for name, value in numbers.items()} | sample
 
 
 class SnapshotInfo(Wire):

@@ -284,9 +284,8 @@ class Transport:
     def quoted(self, text: str) -> str:
         """The beginning of a server's own words, without the key and the tokens."""
         text = text[: 16 * QUOTED]
-        for secret in filter(
-            None, (self._address.api_key, *self._secrets)
-        ):  # Before it is cut for good, which might leave half a secret.
+        # Before it is cut for good, which might leave half a secret.
+        for secret in filter(None, (self._address.api_key, *self._secrets)):
             text = text.replace(secret, "***")
 
         return text[:QUOTED]

@@ -16,6 +16,7 @@ from sandbox_tools.models import (
     CommandResult,
     EntryInfo,
     Failure,
+    Lifecycle,
     Metric,
     ProcessInfo,
     SnapshotInfo,
@@ -311,6 +312,13 @@ OTHERWISE: list[tuple[str, str, str, Answer, Any]] = [
         said(200, [{**METRIC, "memCache": None, "diskUsed": None}]),
         [SAMPLE.model_copy(update={"mem_cache": None, "disk_used": None})],
     ),
+    (
+        "metrics",
+        "GET",
+        f"/sandboxes/{ID}/metrics",
+        Answer(body=f'[{{"timestamp": "{STARTED}", "memUsedMiB": 1e999}}]'.encode()),
+        [Metric(timestamp=NOON)],
+    ),
     ("snapshot", "POST", f"/sandboxes/{ID}/snapshots", said(201, {"snapshotID": "s1"}), SnapshotInfo(snapshot_id="s1")),
     ("list_contexts", "GET", "/contexts", said(200, {"contexts": [CONTEXT]}), WELL["list_contexts"]),
     ("list_contexts", "GET", "/contexts", said(200, [{**CONTEXT, "ofTheFuture": 1}]), WELL["list_contexts"]),
@@ -402,6 +410,19 @@ async def test_pages_of_snapshots_are_followed_until_no_token_comes(client: Clie
 
     assert ["s1", "s2", "s3"] == [each.snapshot_id for each in await all_of(client.list_snapshots())]
     assert "t" == recorder.requests[-1].query["nextToken"]
+
+
+async def test_a_null_is_what_an_absent_field_is_at_every_depth(client: Client, recorder: Recorder) -> None:
+    copy = {"sandbox": {**GRANT, "sandboxID": "icopy", "clientID": None, "envdVersion": None}, "error": None}
+    recorder.on("POST", f"/sandboxes/{ID}/fork", said(201, [copy]))
+    recorder.on("GET", f"/sandboxes/{ID}", said(200, {**ROW, "metadata": None, "lifecycle": {"autoResume": None}}))
+
+    (made,) = await client.fork(ID)
+    info = await client.info(ID)
+
+    assert isinstance(made, Sandbox)
+    assert "icopy" == made.id
+    assert ({}, Lifecycle()) == (info.metadata, info.lifecycle)
 
 
 async def test_each_copy_of_a_fork_can_be_used_or_says_why_there_is_none(client: Client, recorder: Recorder) -> None:

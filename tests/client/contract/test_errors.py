@@ -227,6 +227,13 @@ def generic() -> Iterator[Case]:
 
 CONTROL = (
     *generic(),
+    Case(
+        verb="metrics",
+        answer=said(200, [1]),
+        error=ProtocolError,
+        says="not of the protocol",
+        named="rows that are none",
+    ),
     *(
         Case(
             verb=verb,
