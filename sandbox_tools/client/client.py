@@ -169,10 +169,8 @@ class Client(ControlPlane, AbstractAsyncContextManager["Client"]):
         left = await self._left("create", self._long - self._look)
         if idempotency_key is not None:
             async with in_time("create", left()):
-                made = await self._made_with(key, timeout)
-
-            if made:
-                return made
+                if made := await self._made_with(key, timeout):
+                    return made
 
         headers = {IDEMPOTENCY_KEY: key} if self.dialect.idempotency_header else {}
         more: dict[str, Any] = {"body": body, "headers": headers, "deadline": left()}

@@ -64,13 +64,12 @@ class EventDecoder:
         Raises:
             ProtocolError: A line is not an event.
         """
-        start = 0
-        while (end := chunk.find(b"\n", start)) >= 0:
-            self._extend(chunk[start:end])
-            start = end + 1
+        *ends, rest = chunk.split(b"\n")
+        for end in ends:
+            self._extend(end)
             yield from self.close()
 
-        self._extend(chunk[start:])
+        self._extend(rest)
 
     def close(self) -> Iterator[ExecutionEvent]:
         """The event of a line that ends here, if there is one: at a line's end, and at the stream's."""

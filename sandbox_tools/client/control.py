@@ -163,8 +163,7 @@ class ControlPlane:
             SandboxStateError: It is paused, and the provider has none then.
         """
         bounds = {name: wire.moment("metrics", name, at) for name, at in (("start", start), ("end", end)) if at}
-        unit = self.dialect.metrics_per_second
-        params = {name: str(int(at.timestamp() * unit)) for name, at in bounds.items()}
+        params = {name: str(int(at.timestamp() * self.dialect.metrics_per_second)) for name, at in bounds.items()}
         path = "/sandboxes/{id}/metrics"
         response = await self._send("metrics", "GET", path, sandbox_id, running=True, params=params)
         return wire.rows(Metric, response.content, "metrics", sandbox_id)

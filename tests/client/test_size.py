@@ -45,4 +45,4 @@ def test_the_client_is_well_under_two_thousand_lines_of_code() -> None:
     sizes = {file.name: code_lines(file.read_text()) for file in ROOM.glob("*.py") if file.name not in APART}
 
     assert {"client.py", "codec.py", "dialects.py", "transport.py"} < set(sizes)
-    assert sum(sizes.values()) <= 1950, sizes
+    assert sum(sizes.values()) <= 1900, sizes
