@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from datetime import datetime
-from math import isfinite
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AliasPath, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -143,13 +142,12 @@ class Metric(Wire):
     @model_validator(mode="before")
     @classmethod
     def _mebibytes(cls, sample: Any) -> Any:
-        if not isinstance(sample, dict):
-            return sample
-
-        # As PPIO's legacy domains say it.
-        said = {f"mem{name}": sample.get(f"mem{name}MiB") for name in ("Used", "Total")}
-        numbers = {name: value for name, value in said.items() if isinstance(value, int | float) and isfinite(value)}
-        return {name: int(value * 1024**2) for name, value in numbers.items()} | sample
+        if isinstance(sample, dict):
+            # As PPIO's legacy domains say it.
+            said = {f"mem{name}": sample.get(f"mem{name}MiB") for name in ("Used", "Total")}
+            sane = {name: mib for name, mib in said.items() if isinstance(mib, int | float) and 0 <= mib < 2**43}
+            sample = {name: int(mib * 1024**2) for name, mib in sane.items()} | sample
+        return sample
 
 
 class SnapshotInfo(Wire):
