@@ -170,6 +170,8 @@ async def _sweep(templates: Path, runsc: Path) -> None:
     snapshots.sweep(templates / "images")
     for work in templates.glob("warm-*"):
         runtime = Runsc(runsc, work / "runsc")
+        # A verb that outlives its engine would bring up what is ended here before it is there.
+        await runtime.settle()
         await runtime.kill(Container(id=work.name, directory=work, binary=runsc))
         await runtime.aclose()
         shutil.rmtree(work, ignore_errors=True)
