@@ -75,6 +75,15 @@ key_file = click.option(
     help="Seal snapshots on the disk; what is sealed already stays so.",
 )
 @key_file
+@click.option(
+    "--pool",
+    "pool_size",
+    type=click.IntRange(0, 100),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Sandboxes kept ready, frozen, each some 110 MB of memory: the next create is a thaw.",
+)
 @click.option("--memory-mb", type=int, default=2048, show_default=True, metavar="MB", help="Memory of a sandbox.")
 @state_dir
 def serve(

@@ -16,16 +16,17 @@ from sandbox_tools.engine.entry import Entry
 from sandbox_tools.engine.journal import Journal
 from sandbox_tools.engine.lifecycle import Lifecycle
 from sandbox_tools.engine.metering import Metering
+from sandbox_tools.engine.pool import Pool
 from sandbox_tools.engine.records import IdempotencyMark
 from sandbox_tools.engine.retention import DEFAULT_DAYS, Retention
 from sandbox_tools.engine.runtime import Container, Runtime
 from sandbox_tools.engine.sandboxes import Sandboxes
-from sandbox_tools.engine.saved import Saved
+from sandbox_tools.engine.saved import Origin, Saved
 from sandbox_tools.engine.store import Store
 from sandbox_tools.engine.templates import Template
 from sandbox_tools.engine.transitions import Transitions
 from sandbox_tools.errors import ConfigError, ConflictError, NotFoundError
-from sandbox_tools.models import DEFAULT_TIMEOUT
+from sandbox_tools.models import DEFAULT_TEMPLATE, DEFAULT_TIMEOUT
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class Supervisor:
         store: Where their images are. None: in files as they are.
         max_sandboxes: How many may run at a time; paused ones don't count. None: no limit.
         retention_days: How long a paused sandbox is kept. 0: until it is killed.
+        pool_size: How many sandboxes are kept ready that nobody has asked for yet.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Supervisor:
         store: Store | None = None,
         max_sandboxes: int | None = None,
         retention_days: float = DEFAULT_DAYS,
+        pool_size: int = 0,
     ) -> None:
         self.now = now
         self.sandboxes = Sandboxes(most=max_sandboxes)
@@ -76,13 +79,21 @@ class Supervisor:
         self.metering = Metering(self.sandboxes.running, self.lifecycle.container, runtime, now=now)
         self._deadlines = Deadlines(self.sandboxes.running, now=now, on_end=self._on_deadline)
         self.retention = Retention(self.sandboxes.paused, days=retention_days, now=now, on_over=self._on_over)
+        origin = Origin(
+            name=DEFAULT_TEMPLATE,
+            template=template.id,
+            runsc=template.runsc.name,
+            memory_mb=template.memory_mb,
+            image=template.image,
+        )
+        self.pool = Pool(self.lifecycle, origin, size=pool_size, now=now)
         self.transitions = Transitions(
             self.sandboxes,
             self.lifecycle,
             self.saved,
             self.journal,
             self.metering,
-            template,
+            self.pool,
             on_deadline_moved=self._deadlines.changed,
             now=now,
             retention=self.retention,
@@ -274,12 +285,14 @@ class Supervisor:
         self._deadlines.start()
         self.retention.start()
         self.metering.start()
+        self.pool.start()
 
     async def stop(self) -> None:
         """Pause everything that runs, so that neither memory nor state is left behind; what can't be paused runs on."""
         self._deadlines.stop()
         self.retention.stop()
         self.metering.stop()
+        await self.pool.stop()
         while self._under_way:
             await asyncio.wait(self._under_way)
         running = self.sandboxes.running()
