@@ -9,6 +9,7 @@ from datetime import datetime
 
 from sandbox_tools.engine.bodies import NewSandbox
 from sandbox_tools.engine.entry import Entry
+from sandbox_tools.engine.guest_calls import warm
 from sandbox_tools.engine.records import Record, new_record
 from sandbox_tools.engine.runs import Runs, remove
 from sandbox_tools.engine.saved import Origin
@@ -111,7 +112,8 @@ class Pool:
         request = NewSandbox.model_validate({"templateID": self.origin.name})
         spare = Entry(new_record(self.origin, now=self._now(), timeout=DEFAULT_TIMEOUT, request=request), "resuming")
         try:
-            await self._runs.start_run(spare, self.origin.image)
+            tunnel = await self._runs.start_run(spare, self.origin.image)
+            await warm(tunnel, sandbox_id=spare.record.id)
             await self._runs.runtime.freeze(self._runs.container(spare))
         except EngineError:
             await self._end(spare)

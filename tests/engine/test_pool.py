@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,6 +75,22 @@ def test_a_create_takes_what_is_ready_and_it_is_made_up_for(pooled: EngineProces
         assert box.post("connect", timeout=600).status_code == 201
         assert box.value("kept") == who
     filled(pooled, 5)
+
+
+def test_what_was_made_ready_has_no_trace_of_it(pooled: EngineProcess) -> None:
+    filled(pooled, 2)
+    box = pooled.create()
+    first = box.run("In, Out, [name for name in dir() if not name.startswith('__')]")
+
+    pooled.stop()
+    pooled.options = (*pooled.options, "--pool", "0")
+    pooled.start()
+    plain = pooled.create().run("In, Out, [name for name in dir() if not name.startswith('__')]")
+
+    def told(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{name: value for name, value in event.items() if name != "timestamp"} for event in events]
+
+    assert told(first) == told(plain)
 
 
 def test_what_is_ready_shares_no_random_numbers_and_does_not_count(templates: Path) -> None:
