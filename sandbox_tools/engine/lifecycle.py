@@ -17,7 +17,8 @@ from typing import Any
 from sandbox_tools.engine import snapshots
 from sandbox_tools.engine.entry import Entry
 from sandbox_tools.engine.guest_calls import initialise, reboot
-from sandbox_tools.engine.records import RECORD, new_run
+from sandbox_tools.engine.history import History
+from sandbox_tools.engine.records import RECORD, new_id
 from sandbox_tools.engine.runs import Runs, disk_errors, remove
 from sandbox_tools.engine.saved import Origin
 from sandbox_tools.engine.writing import WantedError
@@ -27,7 +28,16 @@ log = logging.getLogger(__name__)
 
 
 class Lifecycle(Runs):
-    """The transitions, over one state directory."""
+    """The transitions, over one state directory.
+
+    Args:
+        history: Keeps pauses where that was asked for.
+        runs: What `Runs` takes.
+    """
+
+    def __init__(self, *runs: Any, history: History, **more: Any) -> None:
+        super().__init__(*runs, **more)
+        self.history = history
 
     async def create(self, entry: Entry, origin: Origin, env: Mapping[str, str] | None) -> None:
         """Bring a new sandbox up, where it is not up already; where that fails nothing is left of it.
@@ -65,6 +75,8 @@ class Lifecycle(Runs):
             tunnel = await self.start_run(entry, snapshot)
             if paused.pause_memory and not memory:
                 await reboot(tunnel, sandbox_id=paused.id, token=paused.token)
+            with disk_errors("snapshot", entry):
+                await self.history.announce(paused, snapshot)
             # Until this is written the snapshot is the truth; from then on the live container is.
             await self.save(entry)
         except BaseException:
@@ -77,7 +89,8 @@ class Lifecycle(Runs):
             raise
 
         self.runs(entry)
-        await remove(snapshot)
+        if not await self.history.keep(paused, snapshot):
+            await remove(snapshot)
 
     async def pause(self, entry: Entry, *, memory: bool, for_good: bool = False) -> None:
         """Memory, processes and files on disk, RAM free; or none of it where somebody wants it back before that.
@@ -91,7 +104,7 @@ class Lifecycle(Runs):
         """
         running = entry.record
         # A name of its own each time: what a pause that was given up leaves is removed behind it.
-        final = self.snapshots / running.id / new_run()
+        final = self.snapshots / running.id / new_id()
         wanted = entry.wanted if memory and not for_good else asyncio.Event()
         entry.phase = "pausing" if memory else "shutting down"
         self.let_go(entry, "the sandbox is being paused")
@@ -145,6 +158,7 @@ class Lifecycle(Runs):
         await self.end_run(entry, reason)
         await remove(self.directory(entry))
         await remove(self.snapshots / entry.record.id)
+        await self.history.forget(entry.record.id)
 
     async def drop_run(self, entry: Entry) -> None:
         """Make sure that nothing of a paused sandbox's last run is alive."""

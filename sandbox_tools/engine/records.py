@@ -80,6 +80,8 @@ class Record(BaseModel):
     """What was asked for, as it was sent. None: nothing."""
     earlier_starts: list[datetime] = []
     """When the runs before this one began, newest first and a few at most: a listing under way goes by them."""
+    keep_history: int = 0
+    """How many of its pauses are kept as snapshots after it was resumed from them."""
     idempotency: IdempotencyMark | None = None
     """None: it was created without a key."""
 
@@ -200,6 +202,7 @@ def new_record(
         timeout=timeout,
         auto_pause_memory=request.auto_pause_memory,
         traffic_token=new_token() if private else None,
+        keep_history=request.keep_history or 0,
         network=request.network.model_dump(by_alias=True, exclude_none=True) if request.network else None,
         idempotency=mark,
     )

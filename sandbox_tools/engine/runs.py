@@ -29,7 +29,8 @@ class Runs:
     Args:
         state: The engine's state directory.
         template_directory: Where the templates are.
-        store: Where images are written and read.
+        store: Where images are read.
+        writing: What writes them.
         now: The wall clock.
         on_end: Told of a sandbox whose container ended by itself.
     """
@@ -40,6 +41,7 @@ class Runs:
         template_directory: Path,
         runtime: Runtime,
         store: Store,
+        writing: Writing,
         *,
         now: Callable[[], datetime],
         on_end: Callable[[Entry, Container], None],
@@ -48,7 +50,7 @@ class Runs:
         self.snapshots = state / "snapshots"
         self.runtime = runtime
         self._store = store
-        self._writing = Writing(runtime, store)
+        self._writing = writing
         self._template_directory = template_directory
         self._now = now
         self._on_end = on_end

@@ -71,6 +71,8 @@ def run(
     encryption: bool = True,
     key_file: Path | None = None,
     pool_size: int = pool.DEFAULT_SIZE,
+    max_snapshot_mb: int | None = None,
+    keep_history: int = 0,
 ) -> int:
     """Serve until told to stop, and return the process's exit code.
 
@@ -92,6 +94,8 @@ def run(
         encryption: Whether snapshots are sealed on the disk.
         key_file: Where their keys are. None: as `keys.load` says.
         pool_size: How many sandboxes are kept ready, frozen, so that a create is a thaw. 0: none.
+        max_snapshot_mb: What all snapshots together may take of the disk. None: what it has.
+        keep_history: How many of its last pauses are kept of a sandbox that says nothing about it.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     # A stream that a pause or a kill breaks is broken on purpose, and no fault of the server's.
@@ -116,6 +120,8 @@ def run(
                 max_sandboxes=max_sandboxes,
                 retention_days=retention_days,
                 pool_size=pool_size,
+                max_snapshot_bytes=max_snapshot_mb and max_snapshot_mb << 20,
+                keep_history=keep_history,
             )
             prepare_engine = partial(_prepare, state_dir, engine, store, memory_mb, supervise)
             asyncio.run(_serve(engine, listeners, prepare_engine, api_key, idle_exit))

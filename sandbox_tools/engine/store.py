@@ -226,7 +226,8 @@ def memory_directory(state: Path) -> Path:
 
 
 def _context(path: Path) -> str:
-    return f"{path.parent.name}/{path.name}"
+    # Names are never used twice, and a pause that is kept moves to where other snapshots are.
+    return path.name
 
 
 def _file_system(path: Path) -> str | None:

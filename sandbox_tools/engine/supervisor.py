@@ -13,10 +13,12 @@ from sandbox_tools.engine import idempotency, recovery
 from sandbox_tools.engine.bodies import MAX_TIMEOUT, NewSandbox
 from sandbox_tools.engine.deadlines import Deadlines
 from sandbox_tools.engine.entry import Entry
+from sandbox_tools.engine.history import History
 from sandbox_tools.engine.journal import Journal
 from sandbox_tools.engine.lifecycle import Lifecycle
 from sandbox_tools.engine.metering import Metering
 from sandbox_tools.engine.pool import Pool
+from sandbox_tools.engine.quota import Quota
 from sandbox_tools.engine.records import IdempotencyMark
 from sandbox_tools.engine.retention import DEFAULT_DAYS, Retention
 from sandbox_tools.engine.runtime import Container, Runtime
@@ -25,6 +27,7 @@ from sandbox_tools.engine.saved import Origin, Saved
 from sandbox_tools.engine.store import Store
 from sandbox_tools.engine.templates import Template
 from sandbox_tools.engine.transitions import Transitions
+from sandbox_tools.engine.writing import Writing
 from sandbox_tools.errors import ConfigError, ConflictError, NotFoundError
 from sandbox_tools.models import DEFAULT_TEMPLATE, DEFAULT_TIMEOUT
 
@@ -55,6 +58,8 @@ class Supervisor:
         max_sandboxes: How many may run at a time; paused ones don't count. None: no limit.
         retention_days: How long a paused sandbox is kept. 0: until it is killed.
         pool_size: How many sandboxes are kept ready that nobody has asked for yet.
+        max_snapshot_bytes: What all snapshots together may take of the disk. None: what it has.
+        keep_history: How many of its last pauses are kept of a sandbox that says nothing about it.
     """
 
     def __init__(
@@ -69,12 +74,24 @@ class Supervisor:
         max_sandboxes: int | None = None,
         retention_days: float = DEFAULT_DAYS,
         pool_size: int = 0,
+        max_snapshot_bytes: int | None = None,
+        keep_history: int = 0,
     ) -> None:
         self.now = now
         self.sandboxes = Sandboxes(most=max_sandboxes)
         self.store = store or Store()
-        self.lifecycle = Lifecycle(state, template_directory, runtime, self.store, now=now, on_end=self._on_end)
         self.saved = Saved(state / "saved")
+        self.quota = Quota(self.sandboxes.paused, self.saved, most=max_snapshot_bytes)
+        self.lifecycle = Lifecycle(
+            state,
+            template_directory,
+            runtime,
+            self.store,
+            Writing(runtime, self.store, self.quota),
+            history=History(self.saved),
+            now=now,
+            on_end=self._on_end,
+        )
         self.journal = Journal(self.lifecycle.sandboxes, now=now)
         self.metering = Metering(self.sandboxes.running, self.lifecycle.container, runtime, now=now)
         self._deadlines = Deadlines(self.sandboxes.running, now=now, on_end=self._on_deadline)
@@ -100,6 +117,7 @@ class Supervisor:
         )
         self._runtime = runtime
         self._template = template
+        self._keep_history = keep_history
         self._keys = idempotency.Keys(now=now)
         self._under_way: set[asyncio.Task[Any]] = set()
 
@@ -124,6 +142,8 @@ class Supervisor:
             msg = "`autoPauseMemory` is false: that needs `autoPause`, and excludes `autoResume`."
             raise ConfigError(msg, op="create")
 
+        if request.keep_history is None:
+            request = request.model_copy(update={"keep_history": self._keep_history})
         if key is None:
             return await self.carry_out(self.transitions.create(request, timeout, None))
 
@@ -281,6 +301,7 @@ class Supervisor:
         await asyncio.gather(*(self._take_over(entry) for entry in self.sandboxes.all()))
         await recovery.sweep(self.lifecycle, self.sandboxes.all(), self._template.runsc)
         await asyncio.to_thread(self.saved.start)
+        await self.lifecycle.history.start({entry.record.id for entry in self.sandboxes.all()})
         self._keys.start(entry.record for entry in self.sandboxes.all())
         self._deadlines.start()
         self.retention.start()
