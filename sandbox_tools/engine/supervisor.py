@@ -297,8 +297,9 @@ class Supervisor:
         """Take over what an earlier engine left: adopt what runs, keep what is paused, remove what is neither."""
         await self._runtime.settle()
         await asyncio.to_thread(self.store.start)
-        self.sandboxes.start(recovery.find(self.lifecycle))
-        await asyncio.gather(*(self._take_over(entry) for entry in self.sandboxes.all()))
+        self.sandboxes.start(await asyncio.to_thread(recovery.find, self.lifecycle))
+        unsettled = await asyncio.to_thread(recovery.unsettled, self.lifecycle, self.sandboxes.all())
+        await asyncio.gather(*(self._take_over(entry) for entry in unsettled))
         await recovery.sweep(self.lifecycle, self.sandboxes.all(), self._template.runsc)
         await asyncio.to_thread(self.saved.start)
         await self.lifecycle.history.start({entry.record.id for entry in self.sandboxes.all()})
