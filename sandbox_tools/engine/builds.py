@@ -55,6 +55,11 @@ class Recipe(BaseModel):
     cpu: float | None = None
 
 
+def is_name(name: str) -> bool:
+    """Whether a template of one's own could be called so."""
+    return _NAME.fullmatch(name) is not None and name not in BUILT_IN
+
+
 def check_name(name: str) -> str:
     """The name of a template of one's own.
 

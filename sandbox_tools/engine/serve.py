@@ -169,6 +169,7 @@ async def _serve(
                     stop()
                     await serving
             await supervisor.stop()
+            supervisor.leave_templates()
     finally:
         stop()
         preparing.cancel()

@@ -15,6 +15,7 @@ from sandbox_tools.engine.deadlines import Deadlines
 from sandbox_tools.engine.journal import Journal
 from sandbox_tools.engine.lifecycle import Entry, Lifecycle
 from sandbox_tools.engine.metering import Metering
+from sandbox_tools.engine.names import Names, leave_user
 from sandbox_tools.engine.records import IdempotencyMark
 from sandbox_tools.engine.retention import DEFAULT_DAYS, Retention
 from sandbox_tools.engine.runtime import Container, Runtime
@@ -81,6 +82,7 @@ class Supervisor:
             on_deadline_moved=self._deadlines.changed,
             now=now,
             retention=self.retention,
+            names=Names(template_directory),
         )
         self._runtime = runtime
         self._template = template
@@ -283,6 +285,11 @@ class Supervisor:
                 log.error("Sandbox %s is left running for the next engine: %s", entry.record.id, outcome)
                 self.lifecycle.leave(entry)
         await self._runtime.aclose()
+
+    def leave_templates(self) -> None:
+        """Have it known that nothing here needs a template, where that is so; for an engine that has stopped."""
+        if not self.sandboxes.all() and not self.saved.all():
+            leave_user(self.transitions.names.templates, self.lifecycle.sandboxes.parent)
 
     async def _take_over(self, entry: Entry) -> None:
         if not await recovery.take_over(self.lifecycle, entry):

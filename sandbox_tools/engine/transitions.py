@@ -9,21 +9,22 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from sandbox_tools.engine.bodies import MAX_TIMEOUT, NewSandbox
+from sandbox_tools.engine.builds import BUILT_IN
 from sandbox_tools.engine.journal import Journal
 from sandbox_tools.engine.lifecycle import Entry, Lifecycle
 from sandbox_tools.engine.metering import Metering
+from sandbox_tools.engine.names import Names, used
 from sandbox_tools.engine.records import TRAFFIC_SECONDS, IdempotencyMark, Record, new_record
 from sandbox_tools.engine.retention import Retention
 from sandbox_tools.engine.runtime import Container
 from sandbox_tools.engine.sandboxes import Sandboxes
 from sandbox_tools.engine.saved import Origin, Saved, normalised
-from sandbox_tools.engine.templates import Template
+from sandbox_tools.engine.templates import Template, load
 from sandbox_tools.errors import ConfigError, ConflictError, EngineError, NotFoundError
-from sandbox_tools.models import DEFAULT_TEMPLATE
 
 log = logging.getLogger(__name__)
 
-TEMPLATE_NAMES = frozenset({"base", DEFAULT_TEMPLATE})
+TEMPLATE_NAMES = BUILT_IN
 
 _TEMPLATE_TAGS = frozenset({"default", "latest"})
 
@@ -37,6 +38,7 @@ class Transitions:
         on_deadline_moved: Told whenever a sandbox begins to run or its end moves.
         now: The wall clock.
         retention: How long what is paused is kept.
+        names: What templates of one's own are called.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Transitions:
         on_deadline_moved: Callable[[], None],
         now: Callable[[], datetime],
         retention: Retention,
+        names: Names,
     ) -> None:
         self._sandboxes = sandboxes
         self._lifecycle = lifecycle
@@ -61,6 +64,7 @@ class Transitions:
         self._on_deadline_moved = on_deadline_moved
         self._now = now
         self._retention = retention
+        self.names = names
 
     @asynccontextmanager
     async def standing(self, entry: Entry, op: str) -> AsyncIterator[None]:
@@ -80,7 +84,9 @@ class Transitions:
         """Bring up a new sandbox. Raises as `create` does."""
         entry = Entry(record, "resuming")
         with self._sandboxes.beginning(entry):
-            await self._lifecycle.create(entry, origin, env)
+            # Until its record is written, nothing else says that its template is needed.
+            async with used(self.names.templates):
+                await self._lifecycle.create(entry, origin, env)
         self._journal.note(record.id, f"created from {origin.name}", template=origin.name)
         self._on_deadline_moved()
         return entry
@@ -94,13 +100,15 @@ class Transitions:
     async def create(self, request: NewSandbox, timeout: int, mark: IdempotencyMark | None) -> Entry:
         reference = normalised(request.template_id, "create")
         name, _, tag = reference.partition(":")
-        if name in TEMPLATE_NAMES and tag in _TEMPLATE_TAGS:
-            template = self._template
+        own = self.names.find(name) if tag in _TEMPLATE_TAGS else None
+        if (name in TEMPLATE_NAMES and tag in _TEMPLATE_TAGS) or own is not None:
+            template = self._template if own is None else load(self.names.templates, own.template)
             origin = Origin(
                 name=name,
                 template=template.id,
                 runsc=template.runsc.name,
                 memory_mb=template.memory_mb,
+                cpu=template.cpu,
                 image=template.image,
             )
             record = new_record(origin, now=self._now(), timeout=timeout, request=request, mark=mark)
@@ -108,7 +116,7 @@ class Transitions:
 
         snapshot = self._saved.find(reference)
         if snapshot is None:
-            msg = f"Template {request.template_id!r} not found. This engine has {sorted(TEMPLATE_NAMES)} and snapshots."
+            msg = f"Template {request.template_id!r} not found. This engine has {self.names.every()} and snapshots."
             raise NotFoundError(msg, op="create")
 
         async with self._saved.used(snapshot) as origin:
