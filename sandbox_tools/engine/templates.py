@@ -200,6 +200,18 @@ def cpu() -> str:
     return hashlib.sha256(" ".join(sorted(flags.split())).encode()).hexdigest()[:16]
 
 
+def guest_digest() -> str:
+    """Names the code of this release's guest."""
+    digest = hashlib.sha256()
+    for file in _guest_files():
+        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _guest_files() -> list[Path]:
+    return sorted(Path(sandbox_tools.guest.__file__).parent.glob("*.py"))
+
+
 async def _warm(templates: Path, directory: Path, facts: dict[str, Any], ready_seconds: float) -> None:
     """Boot the root once, wait until it has loaded what people use and is ready, and keep the image."""
     unfinished = snapshots.begin(directory)
@@ -272,12 +284,8 @@ def _pin(binary: Path, directory: Path) -> Path:
 
 def _install_guest(directory: Path) -> Path:
     """A copy of the guest's code under its own digest, laid out so that `sandbox_tools.guest` can be imported."""
-    source = Path(sandbox_tools.guest.__file__).parent
-    files = sorted(source.glob("*.py"))
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode() + file.read_bytes())
-    installed = directory / digest.hexdigest()[:16]
+    files = _guest_files()
+    installed = directory / guest_digest()
     if not installed.exists():
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=directory))
         partial.chmod(0o755)
