@@ -102,11 +102,10 @@ def _blob(digest: str) -> str:
 
 
 def _open(archive: tarfile.TarFile, name: str) -> IO[bytes]:
-    with contextlib.suppress(KeyError):
-        if found := archive.extractfile(name):
-            return found
-    if found := archive.extractfile(f"./{name}"):
-        return found
+    for spelling in (name, f"./{name}"):
+        with contextlib.suppress(KeyError):
+            if found := archive.extractfile(spelling):
+                return found
     msg = f"{name!r} is missing in it"
     raise ValueError(msg)
 
@@ -145,7 +144,7 @@ def _apply(archive: tarfile.TarFile, root: Path, on_share: OnShare) -> None:
     directories: dict[str, tarfile.TarInfo] = {}
     for number, member in enumerate(members):
         path = _clean(member.name)
-        if path and not posixpath.basename(path).startswith(_WHITEOUT) and not path.startswith("dev/"):
+        if path and f"/{_WHITEOUT}" not in f"/{path}" and not path.startswith("dev/"):
             _add(archive, member, path, root)
             if member.isdir():
                 directories[path] = member
