@@ -143,7 +143,7 @@ def _needed_images(directory: Path, facts: dict[str, dict[str, Any]]) -> set[str
     for state in _states(directory):
         needed |= {str(record["template"]) for record in _records(state)}
     needed |= {user.template for user in _users(directory)}
-    # What an engine of this release starts with, whatever memory it gives.
+    # What an engine of this release starts with, unless it is told otherwise: then it says so itself.
     with contextlib.suppress(SandboxError):
         standard = find_root(directory)
         for each, known in facts.items():
@@ -151,6 +151,7 @@ def _needed_images(directory: Path, facts: dict[str, dict[str, Any]]) -> set[str
                 standard is not None
                 and known["root"] == standard.name
                 and known["guest"] == templates.guest_digest()
+                and known["memory_mb"] == templates.DEFAULT_MEMORY_MB
                 and not known.keys() & {"start", "ready", "cpu"}
             ):
                 needed.add(each)

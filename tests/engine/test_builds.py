@@ -92,10 +92,10 @@ def test_a_sandbox_of_a_template_of_ones_own_has_what_it_was_built_with(shelf: S
     for name in ("mine", "mine:latest"):
         box = shelf.create(name)
         assert served(box) == "200"
-        assert box.value("import humanize, pandas, numpy; humanize.intcomma(12345)") == "'12,345'"
+        assert box.value("import humanize, pandas, numpy; humanize.intcomma(12345)") == "12,345"
         assert box.value("import subprocess; 'moo' in subprocess.getoutput('cowsay -t moo')") == "True"
         who = "subprocess.getoutput('ps -o user= -C python3 -o args= | grep http.server').split()[0]"
-        assert box.value(who) == "'user'"
+        assert box.value(who) == "user"
         info = box.info()
         assert (info["templateID"], info["memoryMB"], info["cpuCount"]) == ("mine", 1024, 1)
 
@@ -156,8 +156,10 @@ def test_a_requirement_leaves_the_root_that_it_is_put_upon_as_it_is(shelf: Shelf
     ("recipe", "says"),
     [
         ({"start": "echo no such luck; exit 3"}, r"exit code 3\. Its last words: no such luck"),
-        ({"ready": "echo not yet; false", "ready_seconds": 1.5}, "not ready within 1.5 s.*exit code 1.*not yet"),
-        ({"start": "echo begun; sleep 99", "ready": "sleep 99", "ready_seconds": 1.5}, "did not end.*begun"),
+        (
+            {"start": "echo begun; sleep 99", "ready": "echo not yet; false", "ready_seconds": 1.5},
+            "not ready within 1.5 s.*exit code 1.*not yet.*begun",
+        ),
         ({"requirements": ("no-such-package-anywhere-at-all",)}, "can't be installed"),
         ({"requirements": ("numpy<2",)}, "stay as they are"),
     ],
@@ -197,7 +199,8 @@ def test_an_exported_image_is_made_fit_for_sandboxes(shelf: Shelf, tmp_path: Pat
     standard = find_root(shelf.templates)
     assert standard is not None
     archive = tmp_path / "image.tar"
-    left_out = ("usr/bin/tini", "home/user", "opt", "etc/passwd", "etc/group", "etc/shadow", "usr/local/bin/deno")
+    left_out = ("usr/bin/tini", "home/user", "opt", "etc/passwd", "etc/group", "etc/shadow")
+    left_out += ("usr/local/bin/deno", "usr/share", "usr/lib/git-core", "usr/bin/perl", "var/cache")  # for time's sake
     left_out += tuple(
         f"usr/local/lib/python3.11/dist-packages/{each}"
         for each in ("uvicorn", "uvicorn-0.54.0.dist-info", "traitlets", "traitlets-5.16.1.dist-info")
@@ -224,7 +227,7 @@ def test_an_exported_image_is_made_fit_for_sandboxes(shelf: Shelf, tmp_path: Pat
     assert box.value("import os, pandas; os.getuid()") == "1001"
     assert box.value("os.path.expanduser('~'), os.getcwd()") == "('/home/user', '/home/user')"
     assert box.value("open('/etc/passwd').read().count('node:x:1000')") == "1"
-    assert box.value("import subprocess; subprocess.getoutput('ps -o comm= 1')") == "'tini'"
+    assert box.value("import subprocess; subprocess.getoutput('ps -o comm= 1')") == "tini"
     assert box.post("pause").status_code == 204
     assert box.post("connect", timeout=600).status_code == 201
     assert box.value("pandas.Series([1, 2]).sum()") == "np.int64(3)"
