@@ -145,7 +145,15 @@ def stages(*, quiet: bool) -> Iterator[Stage]:
         return
 
     if not sys.stderr.isatty():
-        yield lambda name: lambda words, share: click.echo(f"{name}: {words}", err=True)
+        said = ""
+
+        def tell(line: str) -> None:
+            nonlocal said
+            if line != said:
+                click.echo(line, err=True)
+            said = line
+
+        yield lambda name: lambda words, share: tell(f"{name}: {words}")
         return
 
     from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn

@@ -175,18 +175,17 @@ def _users(directory: Path) -> list[names.User]:
 
 def _states(directory: Path) -> list[Path]:
     """Every state directory that may need a template; each is there, and is what it was."""
-    found = []
-    for user in _users(directory):
-        if not (user.state / names.MARK).is_file():
-            msg = (
-                f"The state directory {str(user.state)!r} uses the templates and can't be read. Mount it; if it was "
-                "moved, start its engine where it is now; if it is gone for good: "
-                "`sandbox-tools template prune --forget DIR`."
-            )
-            raise _UnreadableError(msg)
-        found.append(user.state)
+    found = {user.state for user in _users(directory)}
+    missing = sorted(str(state) for state in found if not (state / names.MARK).is_file())
+    if missing:
+        msg = (
+            f"These state directories use the templates and can't be read: {', '.join(missing)}. Mount one that is "
+            "only away; start the engine of one that was moved where it is now; and say of what is gone for good "
+            "`sandbox-tools template prune --forget DIR`."
+        )
+        raise _UnreadableError(msg)
     # Where the templates lie in a state directory, that is one, whatever else is known.
-    return [*found, *({directory.parent} - set(found) if (directory.parent / "sandboxes").exists() else ())]
+    return sorted(found | ({directory.parent} if (directory.parent / "sandboxes").exists() else set()))
 
 
 def _records(state: Path) -> Iterator[dict[str, Any]]:

@@ -18,7 +18,7 @@ from sandbox_tools.engine.wheels import fetch_wheels, guest_requirements
 from sandbox_tools.errors import ConfigError, EngineError
 
 # Raised whenever what is made of the same ingredients changes.
-_RECIPE = "1"
+_RECIPE = "2"
 
 _PINNABLE = re.compile(r"[0-9][0-9A-Za-z.!+-]*")
 

@@ -235,7 +235,7 @@ async def _warm(templates: Path, directory: Path, facts: dict[str, Any], ready_s
         tunnel.open_pipes()
         await runtime.create(container)
         try:
-            await tunnel.attach(_BOOT_SECONDS)
+            await _until_attached(tunnel, runtime, container)
         except EngineError as error:
             log = (work / "guest.log").read_text(errors="replace")[-2000:]
             msg = f"The template's guest did not come up. Its last words: {log or 'none'}"
@@ -256,6 +256,22 @@ async def _warm(templates: Path, directory: Path, facts: dict[str, Any], ready_s
         await runtime.aclose()
         shutil.rmtree(work, ignore_errors=True)
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+async def _until_attached(tunnel: Tunnel, runtime: Runsc, container: Container) -> None:
+    """Raises an `EngineError` as soon as there is nobody to attach to."""
+    attaching = asyncio.create_task(tunnel.attach(_BOOT_SECONDS))
+    ended = asyncio.create_task(runtime.wait(container))
+    try:
+        await asyncio.wait((attaching, ended), return_when=asyncio.FIRST_COMPLETED)
+        if not attaching.done():
+            msg = "the guest ended"
+            raise EngineError(msg, op="create")
+        attaching.result()
+    finally:
+        attaching.cancel()
+        ended.cancel()
+        await asyncio.gather(attaching, ended, return_exceptions=True)
 
 
 async def _sweep(templates: Path, runsc: Path) -> None:

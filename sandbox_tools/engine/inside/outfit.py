@@ -9,6 +9,7 @@ import compileall
 import concurrent.futures
 import contextlib
 import os
+import pwd
 import re
 import shutil
 import sys
@@ -78,8 +79,10 @@ def add_user() -> None:
         append("/etc/group", f"user:x:{number}:")
         if Path("/etc/shadow").exists():
             append("/etc/shadow", "user:!:19000:0:99999:7:::")
-        home = Path("/home/user")
-        home.mkdir(parents=True, exist_ok=True)
+    account = pwd.getpwnam("user")
+    home = Path(account.pw_dir)
+    if not home.is_dir():
+        home.mkdir(parents=True)
         skeleton = Path("/etc/skel")
         for file in skeleton.iterdir() if skeleton.is_dir() else ():
             if file.is_file():
@@ -87,7 +90,7 @@ def add_user() -> None:
         for each in (home, *home.iterdir()):
             # An ordinary user's root file system belongs to root throughout.
             with contextlib.suppress(OSError):
-                os.chown(each, number, number)
+                os.chown(each, account.pw_uid, account.pw_gid)
     for name, mode in (("proc", 0o755), ("sys", 0o755), ("dev", 0o755), ("root", 0o700), ("run", 0o755)):
         Path("/", name).mkdir(mode=mode, exist_ok=True)
     if "localhost" not in (Path("/etc/hosts").read_text() if Path("/etc/hosts").is_file() else ""):
