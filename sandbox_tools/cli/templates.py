@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,15 +149,16 @@ def remove(state_dir: Path, as_json: bool, names: tuple[str, ...]) -> int | None
 
     directory = templates_directory(state_dir)
     removed: dict[str, bool] = {}
+    dropped: list[str] = []
     for name in names:
         try:
-            Names(directory).take(name)
+            dropped += Names(directory).take(name)
         except NotFoundError as error:
             say(f"sandbox-tools: {error.message}")
             removed[name] = False
         else:
             removed[name] = True
-    collected = _collected(directory)
+    collected = _collected(directory, dropped)
     if as_json:
         show({"removed_names": [name for name, done in removed.items() if done], **_facts(collected)})
     else:
@@ -200,10 +201,10 @@ def prune(state_dir: Path, as_json: bool, forget: tuple[Path, ...]) -> int | Non
     return 1 if collected.skipped else None
 
 
-def _collected(directory: Path) -> Collected:
+def _collected(directory: Path, dropped: Collection[str] = ()) -> Collected:
     from sandbox_tools.engine.collection import collect
 
-    return asyncio.run(collect(directory))
+    return asyncio.run(collect(directory, dropped=dropped))
 
 
 def _facts(collected: Collected) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from sandbox_tools.engine import names, snapshots, templates
 from sandbox_tools.engine.records import RECORD
-from sandbox_tools.engine.roots import find_root, locked, remove_tree
+from sandbox_tools.engine.roots import find_root, remove_tree
 from sandbox_tools.errors import SandboxError
 
 YOUNG = 3600.0
@@ -54,17 +54,18 @@ class _UnreadableError(Exception):
     """Raised where it can't be known what is needed; the text says why."""
 
 
-async def collect(directory: Path) -> Collected:
+async def collect(directory: Path, *, dropped: Collection[str] = ()) -> Collected:
     """Remove what no name, no sandbox, no snapshot and no engine needs, in the state directories that are known.
 
     What an earlier release of this package has made is kept, as it does not say who uses it.
 
     Args:
         directory: The templates directory.
+        dropped: Root file systems of names that were just taken away: they need not be `YOUNG` seconds old.
     """
     try:
         async with _alone(directory):
-            doomed = await asyncio.to_thread(_doom, directory)
+            doomed = await asyncio.to_thread(_doom, directory, dropped)
     except _UnreadableError as error:
         return Collected(skipped=str(error))
 
@@ -87,28 +88,31 @@ async def _alone(directory: Path) -> AsyncIterator[None]:
     if not directory.is_dir():
         msg = f"There are no templates in {str(directory)!r}."
         raise _UnreadableError(msg)
-    lock = os.open(directory / names.USE_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        deadline = time.monotonic() + PATIENCE
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    msg = "A template or a sandbox is being made just now. Try again afterwards."
-                    raise _UnreadableError(msg) from None
-                await asyncio.sleep(0.05)
-        with contextlib.ExitStack() as held:
-            # An earlier release does not know the lock above, but this one.
-            waited = locked(directory / "images.lock", on_wait=lambda: None)
-            await asyncio.to_thread(held.enter_context, waited)
-            yield
-    finally:
-        os.close(lock)
+    with contextlib.ExitStack() as held:
+        # An earlier release knows the second lock only. It is asked for and not waited for while the first is held: who
+        # makes a sandbox waits for that.
+        for name, patience in ((names.USE_LOCK, PATIENCE), ("images.lock", 0.0)):
+            lock = os.open(directory / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            held.callback(os.close, lock)
+            if not await _locked(lock, patience):
+                msg = "A template or a sandbox is being made just now. Try again afterwards."
+                raise _UnreadableError(msg)
+        yield
 
 
-def _doom(directory: Path) -> list[Path]:
+async def _locked(lock: int, patience: float) -> bool:
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            await asyncio.sleep(0.05)
+
+
+def _doom(directory: Path, dropped: Collection[str]) -> list[Path]:
     """Take what nothing needs out of the way, at once; it only has to be deleted then."""
     facts = {path.name: _facts(path) for path in _listed(directory / "images")}
     images = _needed_images(directory, facts)
@@ -127,6 +131,7 @@ def _doom(directory: Path) -> list[Path]:
     doomed = [path for kind in _KINDS for path in (directory / kind).glob(f"{_DOOMED}*")]
     for kind in _KINDS:
         released = {str(facts[each][_PARTS[kind]]) for each in gone} if kind in _PARTS else set()
+        released |= set(dropped) if kind == "roots" else set()
         for path in _listed(directory / kind):
             # The time of the last change of the entry itself: what is unpacked may bring old times along.
             young = time.time() - path.lstat().st_ctime < YOUNG

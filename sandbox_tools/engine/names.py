@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -89,12 +90,19 @@ class Names:
         """All names that a sandbox can be made from, the built-in ones among them."""
         return sorted(BUILT_IN | {path.stem for path in self._directory.glob("[!.]*.json")})
 
-    def take(self, name: str) -> None:
+    def take(self, name: str) -> list[str]:
         """Let a name mean nothing; sandboxes made from its template live on.
+
+        Returns:
+            The root file systems that it was made from.
 
         Raises:
             NotFoundError: It does not.
         """
+        roots: list[str] = []
+        with contextlib.suppress(EngineError):
+            found = self.find(name)
+            roots = found.roots if found else []
         try:
             if not is_name(name):
                 raise FileNotFoundError
@@ -103,6 +111,7 @@ class Names:
             own = [each for each in self.every() if each not in BUILT_IN]
             msg = f"There is no template {name!r} of your own. Those that there are: {', '.join(own) or 'none'}."
             raise NotFoundError(msg, op="delete") from None
+        return roots
 
     def _path(self, name: str) -> Path:
         return self._directory / f"{name}.json"

@@ -10,6 +10,7 @@ import os
 import platform
 import stat
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -108,9 +109,8 @@ UPPER = tar(
 
 
 @pytest.mark.parametrize("form", [saved, oci])
-def test_layers_are_applied_in_order_and_what_they_take_away_is_gone(root: Path, form: object) -> None:
+def test_layers_are_applied_in_order_and_what_they_take_away_is_gone(root: Path, form: Callable[..., bytes]) -> None:
     """An opaque directory hides what is below it and not what comes with it, wherever its mark stands in the layer."""
-    assert callable(form)
     unpacked(root, form(LOWER, UPPER))
 
     files = {str(path.relative_to(root)): path.read_text() for path in root.rglob("*") if path.is_file()}
