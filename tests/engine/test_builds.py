@@ -294,33 +294,31 @@ def test_a_collection_keeps_what_a_paused_sandbox_and_a_snapshot_need_and_nothin
     assert children(shelf.templates / "runsc")
 
 
-def unreadable_record(state: Path) -> Callable[[], None]:
+def unreadable_record(state: Path) -> Callable[[], object]:
     path = state / "sandboxes/iodd/record.json"
     path.parent.mkdir(parents=True)
     path.write_text('{"id": "iodd"')
     return lambda: shutil.rmtree(path.parent)
 
 
-def lost_mark(state: Path) -> Callable[[], None]:
+def lost_mark(state: Path) -> Callable[[], object]:
     (state / MARK).rename(state / "away")
-    return lambda: (state / "away").replace(state / MARK) and None
+    return lambda: (state / "away").rename(state / MARK)
 
 
-@pytest.mark.parametrize("harm", [unreadable_record, lost_mark])
-def test_a_collection_that_can_not_see_everything_removes_nothing(
-    shelf: Shelf, harm: Callable[[Path], Callable[[], None]]
-) -> None:
+def test_a_collection_that_can_not_see_everything_removes_nothing(shelf: Shelf) -> None:
     old = shelf.build(memory_mb=950)
-    shelf.build(memory_mb=951)
-    put_right = harm(shelf.state)
+    shelf.build(**MINE)
+    for harm in (unreadable_record, lost_mark):
+        put_right = harm(shelf.state)
 
-    collected = shelf.collect()
+        collected = shelf.collect()
 
-    assert collected.removed == []
-    assert collected.skipped is not None
-    assert str(shelf.state) in collected.skipped
-    assert old.image.is_dir()
-    put_right()
+        assert collected.removed == []
+        assert collected.skipped is not None
+        assert str(shelf.state) in collected.skipped
+        assert old.image.is_dir()
+        put_right()
     assert f"images/{old.id}" in shelf.collect().removed
 
 
