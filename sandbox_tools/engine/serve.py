@@ -189,6 +189,7 @@ async def _serve(
                     stop()
                     await serving
             await supervisor.stop()
+            supervisor.leave_templates()
     finally:
         stop()
         preparing.cancel()

@@ -17,13 +17,14 @@ from sandbox_tools.engine.history import History
 from sandbox_tools.engine.journal import Journal
 from sandbox_tools.engine.lifecycle import Lifecycle
 from sandbox_tools.engine.metering import Metering
+from sandbox_tools.engine.names import Names, leave_user
 from sandbox_tools.engine.pool import Pool
 from sandbox_tools.engine.quota import Quota
 from sandbox_tools.engine.records import IdempotencyMark
 from sandbox_tools.engine.retention import DEFAULT_DAYS, Retention
 from sandbox_tools.engine.runtime import Container, Runtime
 from sandbox_tools.engine.sandboxes import Sandboxes
-from sandbox_tools.engine.saved import Origin, Saved
+from sandbox_tools.engine.saved import Saved
 from sandbox_tools.engine.store import Store
 from sandbox_tools.engine.templates import Template
 from sandbox_tools.engine.transitions import Transitions
@@ -96,14 +97,7 @@ class Supervisor:
         self.metering = Metering(self.sandboxes.running, self.lifecycle.container, runtime, now=now)
         self._deadlines = Deadlines(self.sandboxes.running, now=now, on_end=self._on_deadline)
         self.retention = Retention(self.sandboxes.paused, days=retention_days, now=now, on_over=self._on_over)
-        origin = Origin(
-            name=DEFAULT_TEMPLATE,
-            template=template.id,
-            runsc=template.runsc.name,
-            memory_mb=template.memory_mb,
-            image=template.image,
-        )
-        self.pool = Pool(self.lifecycle, origin, size=pool_size, now=now)
+        self.pool = Pool(self.lifecycle, template.origin(DEFAULT_TEMPLATE), size=pool_size, now=now)
         self.transitions = Transitions(
             self.sandboxes,
             self.lifecycle,
@@ -114,6 +108,7 @@ class Supervisor:
             on_deadline_moved=self._deadlines.changed,
             now=now,
             retention=self.retention,
+            names=Names(template_directory),
         )
         self._runtime = runtime
         self._template = template
@@ -327,6 +322,11 @@ class Supervisor:
                 self.lifecycle.leave(entry)
         await self.lifecycle.aclose()
         await asyncio.to_thread(self.store.stop)
+
+    def leave_templates(self) -> None:
+        """Have it known that nothing here needs a template, where that is so; for an engine that has stopped."""
+        if not self.sandboxes.all() and not self.saved.all():
+            leave_user(self.transitions.names.templates, self.lifecycle.sandboxes.parent)
 
     async def _take_over(self, entry: Entry) -> None:
         if not await recovery.take_over(self.lifecycle, entry):
