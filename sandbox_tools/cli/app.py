@@ -24,7 +24,7 @@ def completion(shell: str) -> None:
 
 
 for command in (
-    *(machine.serve, machine.mcp, machine.setup, machine.doctor),
+    *(machine.serve, machine.mcp, machine.setup, machine.doctor, machine.key),
     *(sandboxes.ps, sandboxes.pause, sandboxes.resume, sandboxes.rm, sandboxes.logs, sandboxes.prune),
     *(inside.run, inside.shell, inside.cp),
     *(snapshots.snapshot, snapshots.fork, snapshots.template),

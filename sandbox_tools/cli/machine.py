@@ -13,9 +13,17 @@ from typing import Any
 
 import click
 
-from sandbox_tools.cli.common import as_json, extra, progress, show, state_dir
+from sandbox_tools.cli.common import as_json, extra, progress, say, show, state_dir
 from sandbox_tools.errors import ConfigError
 from sandbox_tools.paths import templates_directory
+
+key_file = click.option(
+    "--key-file",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="The keys that snapshots are sealed with; made where it is missing.  [default: snapshot.key in the state "
+    "directory, unless SANDBOX_TOOLS_SNAPSHOT_KEY has them or SANDBOX_TOOLS_SNAPSHOT_KEY_COMMAND prints them]",
+)
 
 
 @click.command()
@@ -60,6 +68,13 @@ from sandbox_tools.paths import templates_directory
     metavar="DAYS",
     help="How long a paused sandbox is kept; 0: until it is killed.",
 )
+@click.option(
+    "--encryption/--no-encryption",
+    default=True,
+    show_default="on",
+    help="Seal snapshots on the disk; what is sealed already stays so.",
+)
+@key_file
 @click.option("--memory-mb", type=int, default=2048, show_default=True, metavar="MB", help="Memory of a sandbox.")
 @state_dir
 def serve(
@@ -131,6 +146,32 @@ def doctor(state_dir: Path, as_json: bool, provider: str | None, api_url: str | 
         for finding in findings:
             click.echo(f"{'ok     ' if finding.ok else 'MISSING'}  {finding.what}: {finding.words}")
     return 0 if all(finding.ok for finding in findings) else 1
+
+
+@click.group()
+def key() -> None:
+    """The keys that this machine's snapshots are sealed with."""
+
+
+@key.command()
+@key_file
+@as_json
+@state_dir
+def rotate(state_dir: Path, key_file: Path | None, as_json: bool) -> int | None:
+    """Make a new key, put every snapshot under it and forget the old ones; the engine must be stopped."""
+    with extra("local"):
+        from sandbox_tools.engine import rotation
+
+    with progress(quiet=as_json) as bars:
+        task = bars.add_task("snapshots", total=None)
+        outcome = rotation.rotate(state_dir, key_file, lambda done, of: bars.update(task, completed=done, total=of))
+    if as_json:
+        show(asdict(outcome))
+    else:
+        click.echo(f"Key {outcome.key_id} is the only one now, and {outcome.moved} snapshots are under it.")
+        for each in outcome.lost:
+            say(f"sandbox-tools: The snapshot {each} is under a key that is not here, and can't be resumed without it.")
+    return 1 if outcome.lost else None
 
 
 Stage = Callable[[str], Callable[[str, float], None]]

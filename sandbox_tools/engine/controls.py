@@ -16,7 +16,7 @@ from sandbox_tools.engine.bodies import (
     SetTimeout,
     TakeSnapshot,
 )
-from sandbox_tools.engine.lifecycle import Entry
+from sandbox_tools.engine.entry import Entry
 from sandbox_tools.engine.operations import Answer, Call, Operation, error_body
 from sandbox_tools.engine.records import new_token
 from sandbox_tools.engine.reports import shown

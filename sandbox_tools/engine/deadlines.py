@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterable
 from datetime import datetime
 
-from sandbox_tools.engine.lifecycle import Entry
+from sandbox_tools.engine.entry import Entry
 
 # Looked at once a minute at least: the loop's clock stands still while the machine is suspended.
 _LOOK = 60.0  # seconds

@@ -12,13 +12,17 @@ from pathlib import Path
 
 from sandbox_tools.engine.install import check_kind, check_namespaces, find_runsc
 from sandbox_tools.engine.roots import find_root
+from sandbox_tools.engine.store import memory_directory
 from sandbox_tools.errors import ConfigError, SandboxError
 from sandbox_tools.paths import socket_path, templates_directory
 
-LOCAL_EXTRA = ("click", "starlette", "uvicorn", "httptools", "prometheus_client", "rich", "trustme")
+LOCAL_EXTRA = ("click", "starlette", "uvicorn", "httptools", "prometheus_client", "rich", "trustme", "cryptography")
 
 LEAST_ROOM = 2 << 30
 """Bytes on the disk below which the template, or the next pause of a large sandbox, may not fit."""
+
+LEAST_MEMORY = 1 << 30
+"""Bytes of tmpfs below which the image of a sandbox that has worked may not fit."""
 
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
 
@@ -42,6 +46,7 @@ def examine(state: Path) -> list[Finding]:
         "control groups": _control_groups,
         "state directory": lambda: _writable(state),
         "disk": lambda: _disk(state),
+        "memory for snapshots": lambda: _memory(state),
         "runsc": lambda: _runsc(state),
         "root file system": lambda: _root(templates_directory(state)),
         "engine": lambda: _engine(state),
@@ -86,6 +91,19 @@ def _disk(state: Path) -> str:
         msg = f"only {free / 1e9:.1f} GB are free at {str(state)!r}. Make room, or set `SANDBOX_TOOLS_STATE_DIR`."
         raise ConfigError(msg)
     return f"{free / 1e9:.0f} GB free"
+
+
+def _memory(state: Path) -> str:
+    where = memory_directory(state).parent
+    disk = os.statvfs(where)
+    size = disk.f_blocks * disk.f_frsize
+    if size < LEAST_MEMORY:
+        msg = (
+            f"{str(where)!r} holds {size >> 20} MB, and an image is plain there for a moment. Make it larger (in a "
+            "container `--shm-size`), name another tmpfs in `SANDBOX_TOOLS_MEMORY_DIR`, or `serve --no-encryption`."
+        )
+        raise ConfigError(msg)
+    return f"{str(where)!r} holds {size / 1e9:.0f} GB"
 
 
 def _packages() -> str:

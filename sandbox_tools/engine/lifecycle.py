@@ -13,39 +13,21 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from sandbox_tools.engine import snapshots, templates
 from sandbox_tools.engine.bundle import write_bundle
+from sandbox_tools.engine.entry import Entry
 from sandbox_tools.engine.guest_calls import check_health, initialise, reboot
-from sandbox_tools.engine.records import RECORD, Record
+from sandbox_tools.engine.records import RECORD, new_run
 from sandbox_tools.engine.runtime import Container, Runtime
 from sandbox_tools.engine.saved import Origin
+from sandbox_tools.engine.store import Store
 from sandbox_tools.engine.tunnel import Tunnel
+from sandbox_tools.engine.writing import WantedError, Writing
 from sandbox_tools.errors import EngineError, ServerError
 
 log = logging.getLogger(__name__)
-
-Phase = Literal["running", "pausing", "shutting down", "paused", "resuming", "gone"]
-"""`shutting down` is the way to a pause that keeps files only. What is frozen is `running`, and its record says so."""
-
-
-class Entry:
-    """A sandbox in the engine's memory: its record, and what is alive of it."""
-
-    def __init__(self, record: Record, phase: Phase) -> None:
-        self.record = record
-        self.phase: Phase = phase
-        # One transition at a time; whoever waited looks at the phase again.
-        self.lock = asyncio.Lock()
-        # None whenever traffic must not reach the sandbox.
-        self.tunnel: Tunnel | None = None
-        self.watch: asyncio.Task[None] | None = None
-
-    @property
-    def awake(self) -> bool:
-        """Whether traffic can reach it as it is."""
-        return self.phase == "running" and not self.record.frozen and self.tunnel is not None and self.tunnel.attached
 
 
 class Lifecycle:
@@ -54,6 +36,7 @@ class Lifecycle:
     Args:
         state: The engine's state directory.
         template_directory: Where the templates are.
+        store: Where images are written and read.
         now: The wall clock.
         on_end: Told of a sandbox whose container ended by itself.
     """
@@ -63,6 +46,7 @@ class Lifecycle:
         state: Path,
         template_directory: Path,
         runtime: Runtime,
+        store: Store,
         *,
         now: Callable[[], datetime],
         on_end: Callable[[Entry, Container], None],
@@ -70,6 +54,8 @@ class Lifecycle:
         self.sandboxes = state / "sandboxes"
         self.snapshots = state / "snapshots"
         self.runtime = runtime
+        self._store = store
+        self._writing = Writing(runtime, store)
         self._template_directory = template_directory
         self._now = now
         self._on_end = on_end
@@ -95,7 +81,6 @@ class Lifecycle:
         """
         record = entry.record
         try:
-            await asyncio.to_thread(snapshots.verify, origin.image, cpu=templates.cpu())
             tunnel = await self._start_run(entry, origin.image)
             await initialise(tunnel, sandbox_id=record.id, token=record.token, env=env)
             if not origin.memory:
@@ -119,7 +104,6 @@ class Lifecycle:
         snapshot = self._snapshot(entry)
         entry.phase = "resuming"
         try:
-            await asyncio.to_thread(snapshots.verify, snapshot, cpu=templates.cpu())
             now = self._now()
             entry.record = paused.resumed(now, now + lifetime).model_copy(update=dict(changes))
             tunnel = await self._start_run(entry, snapshot)
@@ -139,27 +123,35 @@ class Lifecycle:
         self._runs(entry)
         await _remove(snapshot)
 
-    async def pause(self, entry: Entry, *, memory: bool) -> None:
-        """Memory, processes and files on disk, RAM free.
+    async def pause(self, entry: Entry, *, memory: bool, for_good: bool = False) -> None:
+        """Memory, processes and files on disk, RAM free; or none of it where somebody wants it back before that.
 
         Args:
             memory: Without, its processes are ended first, so that files are all there is to be resumed.
+            for_good: Whoever wants it has to wait.
 
         Raises:
             EngineError: It could not be written. The sandbox goes on running, unless its phase says that it is gone.
         """
         running = entry.record
-        final = self.snapshots / running.id / running.run
+        # A name of its own each time: what a pause that was given up leaves is removed behind it.
+        final = self.snapshots / running.id / new_run()
+        wanted = entry.wanted if memory and not for_good else asyncio.Event()
         entry.phase = "pausing" if memory else "shutting down"
         self._let_go(entry, "the sandbox is being paused")
         try:
             if not memory:
                 await self._reboot(entry)
-            manifest = await self._write_snapshot(entry, final)
+            manifest = await self._write_snapshot(entry, final, wanted=wanted)
             changes = {"snapshot": final.name, "snapshot_bytes": manifest.size, "pause_memory": memory}
             entry.record = entry.record.turned(now := self._now(), state="paused", end_at=now, **changes)
             # Until this is written the live container is the truth; from then on the snapshot is.
             await self.save(entry)
+        except WantedError:
+            if not await self._go_on(entry, final):
+                msg = f"Sandbox {running.id} ended while it was being paused."
+                raise EngineError(msg, op="pause", sandbox_id=running.id) from None
+            return
         except (OSError, EngineError) as error:
             entry.record = running
             outcome = "goes on running" if await self._go_on(entry, final) else "is lost"
@@ -181,7 +173,7 @@ class Lifecycle:
         """
         try:
             with _disk_errors("snapshot", entry):
-                return await self._write_snapshot(entry, final, description)
+                return await self._write_snapshot(entry, final, description, wanted=asyncio.Event())
         finally:
             try:
                 await (self.runtime.freeze if entry.record.frozen else self.runtime.thaw)(self.container(entry))
@@ -255,6 +247,7 @@ class Lifecycle:
         try:
             if await self.runtime.state(container) == "gone":
                 return False
+            await self.runtime.bound(container)
             await self._thaw(entry)
             await tunnel.attach()
         except (EngineError, OSError) as error:
@@ -277,6 +270,11 @@ class Lifecycle:
     async def drop_run(self, entry: Entry) -> None:
         """Make sure that nothing of a paused sandbox's last run is alive."""
         await self._end_run(entry, "the sandbox is paused")
+
+    async def aclose(self) -> None:
+        """Wait for what goes on behind answered calls."""
+        await self._writing.aclose()
+        await self.runtime.aclose()
 
     def leave(self, entry: Entry) -> None:
         """Let go of a running sandbox and leave it to the next engine."""
@@ -309,21 +307,14 @@ class Lifecycle:
         finally:
             tunnel.detach("the sandbox is being rebooted")
 
-    async def _write_snapshot(self, entry: Entry, final: Path, description: str | None = None) -> snapshots.Manifest:
+    async def _write_snapshot(
+        self, entry: Entry, final: Path, description: str | None = None, *, wanted: asyncio.Event
+    ) -> snapshots.Manifest:
         container = self.container(entry)
-        partial = await asyncio.to_thread(snapshots.begin, final)
-        try:
-            # Frozen first, so that nothing runs on between the image and the end of the container.
-            if not entry.record.frozen:
-                await self.runtime.freeze(container)
-            await self.runtime.checkpoint(container, partial)
-            if description is not None:
-                (partial / snapshots.DESCRIPTION).write_text(description, encoding="utf-8")
-            return await asyncio.to_thread(
-                snapshots.commit, partial, final, runsc=container.binary.name, cpu=templates.cpu()
-            )
-        finally:
-            await _remove(partial)
+        # Frozen first, so that nothing runs on between the image and the end of the container.
+        if not entry.record.frozen:
+            await self.runtime.freeze(container)
+        return await self._writing.write(container, final, wanted=wanted, description=description)
 
     async def _go_on(self, entry: Entry, snapshot: Path) -> bool:
         """Let a sandbox that could not be paused run on; whether it still can."""
@@ -348,7 +339,8 @@ class Lifecycle:
             container.pipes.make()
         entry.tunnel = Tunnel(container.pipes)
         entry.tunnel.open_pipes()
-        await self.runtime.restore(container, image)
+        async with self._store.opened(image, cpu=templates.cpu()) as plain:
+            await self.runtime.restore(container, plain)
         await entry.tunnel.attach()
         return entry.tunnel
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 
-from sandbox_tools.engine.lifecycle import Entry
+from sandbox_tools.engine.entry import Entry
 from sandbox_tools.engine.runtime import Container, Runtime, Usage
 
 INTERVAL = 5.0

@@ -8,7 +8,8 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from sandbox_tools.engine.lifecycle import Entry, Lifecycle
+from sandbox_tools.engine.entry import Entry
+from sandbox_tools.engine.lifecycle import Lifecycle
 from sandbox_tools.engine.records import Record
 from sandbox_tools.engine.runtime import Container
 

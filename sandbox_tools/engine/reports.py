@@ -18,8 +18,8 @@ from sandbox_tools.engine.bodies import (
     MetricsQuery,
     SnapshotsQuery,
 )
+from sandbox_tools.engine.entry import Entry
 from sandbox_tools.engine.journal import LEVELS, Line
-from sandbox_tools.engine.lifecycle import Entry
 from sandbox_tools.engine.listing import Row, has, micros, page, parse_metadata
 from sandbox_tools.engine.metering import Sample
 from sandbox_tools.engine.operations import Answer, Call, Operation

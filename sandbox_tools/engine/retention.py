@@ -7,7 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable
 from datetime import datetime, timedelta
 
-from sandbox_tools.engine.lifecycle import Entry
+from sandbox_tools.engine.entry import Entry
 
 log = logging.getLogger(__name__)
 

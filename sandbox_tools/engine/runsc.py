@@ -10,7 +10,7 @@ import os
 import signal
 from pathlib import Path
 
-from sandbox_tools.engine import usage
+from sandbox_tools.engine import groups, usage
 from sandbox_tools.engine.runtime import Container, ContainerState, Usage
 from sandbox_tools.errors import EngineError
 
@@ -54,9 +54,19 @@ class Runsc:
     async def checkpoint(self, container: Container, image: Path) -> None:
         """Write an image; without `--leave-running` a full disk would kill the container."""
         _signal(container, signal.SIGCONT)  # its tasks stand still, and gVisor has to write
+        self._bound(container, None)
         await self._call(
             container, "checkpoint", f"--image-path={image}", "--compression=none", "--leave-running", container.id
         )
+
+    async def bound(self, container: Container) -> None:
+        """As its bundle says, where there are control groups."""
+        self._bound(container, container.memory_limit())
+
+    def _bound(self, container: Container, limit: int | None) -> None:
+        pid = _sandbox_pid(container)
+        if pid is not None:
+            groups.limit_memory(pid, limit)
 
     async def freeze(self, container: Container) -> None:
         """Stop every task, then gVisor itself, which takes some percent of a core although nothing runs on it."""

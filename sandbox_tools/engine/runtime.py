@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -35,6 +36,14 @@ class Container:
     def filestore(self) -> Path:
         """Where the runtime keeps what the sandbox writes to its root file system."""
         return self.directory / "filestore"
+
+    def memory_limit(self) -> int | None:
+        """Bytes of memory that it may have. None: its bundle can't be read."""
+        try:
+            config = json.loads((self.bundle / "config.json").read_bytes())
+            return int(config["linux"]["resources"]["memory"]["limit"])
+        except (OSError, ValueError, KeyError):
+            return None
 
     @property
     def pipes(self) -> Pipes:
@@ -75,8 +84,13 @@ class Runtime(Protocol):
     async def checkpoint(self, container: Container, image: Path) -> None:
         """Write memory, processes and files into an empty directory. The tasks go on or stand still as before.
 
-        A failure, a full disk among them, leaves the container as it was too.
+        A failure, a full disk among them, leaves the container as it was too. Either way it may have as much memory as
+        it likes afterwards, until `bound`: an image that lies in memory counts as the container's.
         """
+        ...
+
+    async def bound(self, container: Container) -> None:
+        """Let it have as much memory as its bundle says; for when what a checkpoint has written is out of memory."""
         ...
 
     async def freeze(self, container: Container) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from sandbox_tools.engine.lifecycle import Entry
+from sandbox_tools.engine.entry import Entry
 from sandbox_tools.errors import NotFoundError, RateLimitError
 
 # How many sandboxes that ended are remembered with the reason why.

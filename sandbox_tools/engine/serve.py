@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import logging
 import os
 import secrets
@@ -19,10 +18,14 @@ from pathlib import Path
 
 import uvicorn
 
+from sandbox_tools.engine import keys
 from sandbox_tools.engine.api import Engine
+from sandbox_tools.engine.exclusive import AlreadyRunningError, sole_engine
 from sandbox_tools.engine.front import Front
 from sandbox_tools.engine.retention import DEFAULT_DAYS
+from sandbox_tools.engine.rotation import move_all
 from sandbox_tools.engine.runsc import Runsc
+from sandbox_tools.engine.store import Store, memory_directory
 from sandbox_tools.engine.supervisor import Supervisor
 from sandbox_tools.engine.templates import DEFAULT_MEMORY_MB, prepare
 from sandbox_tools.engine.tls import Certificates, names_of
@@ -65,6 +68,8 @@ def run(
     max_sandboxes: int | None = None,
     idle_exit: float | None = None,
     retention_days: float = DEFAULT_DAYS,
+    encryption: bool = True,
+    key_file: Path | None = None,
 ) -> int:
     """Serve until told to stop, and return the process's exit code.
 
@@ -83,13 +88,16 @@ def run(
         idle_exit: Seconds without a running sandbox or a request after which the engine exits; paused sandboxes need
             none. None: never.
         retention_days: How long a paused sandbox is kept. 0: until it is killed.
+        encryption: Whether snapshots are sealed on the disk.
+        key_file: Where their keys are. None: as `keys.load` says.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     # A stream that a pause or a kill breaks is broken on purpose, and no fault of the server's.
     logging.getLogger("uvicorn.error").addFilter(lambda record: "without completing response" not in str(record.msg))
     try:
-        with _sole_engine(state_dir):
+        with sole_engine(state_dir):
             engine = Engine()
+            store = Store(keys.load(state_dir, key_file), memory_directory(state_dir)) if encryption else Store()
             listeners = [Listener(socket=_listen(state_dir, uds, host, port))]
             if host is not None:
                 if api_key is None:
@@ -100,7 +108,7 @@ def run(
                 engine.domain = domain or f"sbx@{_reachable(host)}:{listeners[-1].socket.getsockname()[1]}"
             elif domain is not None:
                 engine.domain = domain
-            prepare_engine = partial(_prepare, state_dir, engine, memory_mb, max_sandboxes, retention_days)
+            prepare_engine = partial(_prepare, state_dir, engine, store, memory_mb, max_sandboxes, retention_days)
             asyncio.run(_serve(engine, listeners, prepare_engine, api_key, idle_exit))
     except AlreadyRunningError as error:
         _say(error.message)
@@ -110,10 +118,6 @@ def run(
         return 1
 
     return 0
-
-
-class AlreadyRunningError(ConfigError):
-    """Raised when another engine holds the state directory."""
 
 
 class _Server(uvicorn.Server):
@@ -218,7 +222,7 @@ async def _keep_certified(listeners: Sequence[Listener]) -> None:
 
 
 async def _prepare(
-    state: Path, engine: Engine, memory_mb: int, max_sandboxes: int | None, retention_days: float
+    state: Path, engine: Engine, store: Store, memory_mb: int, max_sandboxes: int | None, retention_days: float
 ) -> Supervisor:
     def on_step(step: str, share: float) -> None:
         if step != engine.preparing:
@@ -230,32 +234,16 @@ async def _prepare(
     engine.preparing = "taking over what an earlier engine left"
     runtime = Runsc(template.runsc, state / "runsc")
     supervisor = Supervisor(
-        state, templates, template, runtime, max_sandboxes=max_sandboxes, retention_days=retention_days
+        state, templates, template, runtime, store=store, max_sandboxes=max_sandboxes, retention_days=retention_days
     )
+    if store.keys is not None and store.keys.changing:
+        engine.preparing = "putting snapshots under the newest key"
+        moved, lost = await asyncio.to_thread(move_all, state, store)
+        log.info("Key %s: %d snapshots put under it, %d are under unknown keys", store.keys.newest, moved, len(lost))
     await supervisor.start()
     engine.supervisor = supervisor
     log.info("Ready")
     return supervisor
-
-
-@contextlib.contextmanager
-def _sole_engine(state: Path) -> Iterator[None]:
-    try:
-        state.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = os.open(state / "engine.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        msg = f"The state directory {str(state)!r} can't be used: {error.strerror}. Set `SANDBOX_TOOLS_STATE_DIR`."
-        raise ConfigError(msg, op="serve") from error
-
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            msg = f"Another engine runs on {str(state)!r}. Use it, or give this one another `--state-dir`."
-            raise AlreadyRunningError(msg, op="serve") from None
-        yield
-    finally:
-        os.close(lock)
 
 
 def _listen_tls(state: Path, host: str, port: int | None, domain: str | None) -> list[Listener]:

@@ -14,6 +14,9 @@ from sandbox_tools.errors import EngineError
 FORMAT = 2
 """Raised when an engine can no longer speak with the guests in older images. 2: larger frames in the tunnel."""
 
+SEALED = 3
+"""The format of an image whose files are sealed, which older engines can't read."""
+
 MANIFEST = "manifest.json"
 DESCRIPTION = "snapshot.json"
 """What a snapshot that users know by name or id says of itself; those that sandboxes sleep in have none."""
@@ -21,6 +24,21 @@ _PARTIAL = ".partial-"
 
 PIECES = 64
 PIECE = 64 << 10  # bytes
+
+
+class Sealed(BaseModel):
+    """How the image's files are sealed."""
+
+    model_config = ConfigDict(frozen=True)
+
+    key_id: str
+    """Names the key of the keyring under which the snapshot's own is."""
+    key: str
+    """The snapshot's own key, sealed, base64."""
+    context: str
+    """What it was sealed as; a copy elsewhere can't pass for another snapshot."""
+    sizes: dict[str, int]
+    """Bytes of each file when it is plain."""
 
 
 class Manifest(BaseModel):
@@ -36,7 +54,9 @@ class Manifest(BaseModel):
     files: dict[str, int]
     """Size in bytes of each file of the image."""
     digests: dict[str, str] = {}
-    """What `_digest` gives for each. Empty: an earlier engine wrote it."""
+    """What `_digest` gives for each that is not sealed. Empty: an earlier engine wrote it."""
+    sealed: Sealed | None = None
+    """None: it lies there plain."""
 
     @property
     def size(self) -> int:
@@ -52,15 +72,25 @@ def begin(final: Path) -> Path:
     return partial
 
 
-def commit(partial: Path, final: Path, *, runsc: str, cpu: str) -> Manifest:
+def commit(partial: Path, final: Path, *, runsc: str, cpu: str, sealed: Sealed | None = None) -> Manifest:
     """Make a written image a snapshot, durably: files synced, then named.
+
+    Args:
+        sealed: How its files were sealed. None: they were not.
 
     Raises:
         OSError: The disk is full or failing; `final` does not exist then.
     """
     paths = sorted(partial.iterdir())
-    files = {path.name: path.stat().st_size for path in paths}
-    manifest = Manifest(runsc=runsc, cpu=cpu, files=files, digests={path.name: _digest(path) for path in paths})
+    manifest = Manifest(
+        format=FORMAT if sealed is None else SEALED,
+        runsc=runsc,
+        cpu=cpu,
+        files={path.name: path.stat().st_size for path in paths},
+        # What is sealed is looked through as a whole when it is opened.
+        digests={path.name: _digest(path) for path in paths if sealed is None or path.name not in sealed.sizes},
+        sealed=sealed,
+    )
     (partial / MANIFEST).write_text(manifest.model_dump_json(), encoding="utf-8")
     for path in partial.iterdir():
         sync(path)
@@ -84,8 +114,9 @@ def verify(path: Path, *, cpu: str) -> Manifest:
         msg = f"The snapshot {path.name!r} is missing or torn ({type(error).__name__}). It cannot be resumed."
         raise EngineError(msg, op="restore") from error
 
-    if manifest.format != FORMAT:
-        msg = f"The snapshot {path.name!r} has format {manifest.format}, not {FORMAT}. Use the engine that wrote it."
+    expected = FORMAT if manifest.sealed is None else SEALED
+    if manifest.format != expected:
+        msg = f"The snapshot {path.name!r} has format {manifest.format}, not {expected}. Use the engine that wrote it."
         raise EngineError(msg, op="restore")
     if sizes != manifest.files:
         msg = f"The snapshot {path.name!r} is torn: file sizes differ from its manifest. It cannot be resumed."
@@ -130,10 +161,15 @@ def sync(path: Path) -> None:
         os.close(fd)
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Replace a small file so that a crash leaves the old text or the new, never a mixture."""
+def write_durably(path: Path, text: str, *, mode: int = 0o666) -> None:
+    """Replace a small file so that a crash leaves the old text or the new, never a mixture.
+
+    Args:
+        mode: Who may read and write it, where the umask has no objection.
+    """
     partial = path.with_name(_PARTIAL + path.name)
-    with partial.open("w", encoding="utf-8") as file:
+    partial.unlink(missing_ok=True)
+    with open(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode), "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -12,14 +12,16 @@ from typing import Any, TypeVar
 from sandbox_tools.engine import idempotency, recovery
 from sandbox_tools.engine.bodies import MAX_TIMEOUT, NewSandbox
 from sandbox_tools.engine.deadlines import Deadlines
+from sandbox_tools.engine.entry import Entry
 from sandbox_tools.engine.journal import Journal
-from sandbox_tools.engine.lifecycle import Entry, Lifecycle
+from sandbox_tools.engine.lifecycle import Lifecycle
 from sandbox_tools.engine.metering import Metering
 from sandbox_tools.engine.records import IdempotencyMark
 from sandbox_tools.engine.retention import DEFAULT_DAYS, Retention
 from sandbox_tools.engine.runtime import Container, Runtime
 from sandbox_tools.engine.sandboxes import Sandboxes
 from sandbox_tools.engine.saved import Saved
+from sandbox_tools.engine.store import Store
 from sandbox_tools.engine.templates import Template
 from sandbox_tools.engine.transitions import Transitions
 from sandbox_tools.errors import ConfigError, ConflictError, NotFoundError
@@ -48,6 +50,7 @@ class Supervisor:
         template: What new sandboxes are made from.
         runtime: What isolates them.
         now: The wall clock.
+        store: Where their images are. None: in files as they are.
         max_sandboxes: How many may run at a time; paused ones don't count. None: no limit.
         retention_days: How long a paused sandbox is kept. 0: until it is killed.
     """
@@ -60,12 +63,14 @@ class Supervisor:
         runtime: Runtime,
         *,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        store: Store | None = None,
         max_sandboxes: int | None = None,
         retention_days: float = DEFAULT_DAYS,
     ) -> None:
         self.now = now
         self.sandboxes = Sandboxes(most=max_sandboxes)
-        self.lifecycle = Lifecycle(state, template_directory, runtime, now=now, on_end=self._on_end)
+        self.store = store or Store()
+        self.lifecycle = Lifecycle(state, template_directory, runtime, self.store, now=now, on_end=self._on_end)
         self.saved = Saved(state / "saved")
         self.journal = Journal(self.lifecycle.sandboxes, now=now)
         self.metering = Metering(self.sandboxes.running, self.lifecycle.container, runtime, now=now)
@@ -260,6 +265,7 @@ class Supervisor:
     async def start(self) -> None:
         """Take over what an earlier engine left: adopt what runs, keep what is paused, remove what is neither."""
         await self._runtime.settle()
+        await asyncio.to_thread(self.store.start)
         self.sandboxes.start(recovery.find(self.lifecycle))
         await asyncio.gather(*(self._take_over(entry) for entry in self.sandboxes.all()))
         await recovery.sweep(self.lifecycle, self.sandboxes.all(), self._template.runsc)
@@ -277,12 +283,15 @@ class Supervisor:
         while self._under_way:
             await asyncio.wait(self._under_way)
         running = self.sandboxes.running()
-        outcomes = await asyncio.gather(*(self.transitions.pause(entry) for entry in running), return_exceptions=True)
+        outcomes = await asyncio.gather(
+            *(self.transitions.pause(entry, for_good=True) for entry in running), return_exceptions=True
+        )
         for entry, outcome in zip(running, outcomes, strict=True):
             if isinstance(outcome, BaseException):
                 log.error("Sandbox %s is left running for the next engine: %s", entry.record.id, outcome)
                 self.lifecycle.leave(entry)
-        await self._runtime.aclose()
+        await self.lifecycle.aclose()
+        await asyncio.to_thread(self.store.stop)
 
     async def _take_over(self, entry: Entry) -> None:
         if not await recovery.take_over(self.lifecycle, entry):

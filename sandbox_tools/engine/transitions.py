@@ -9,8 +9,9 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from sandbox_tools.engine.bodies import MAX_TIMEOUT, NewSandbox
+from sandbox_tools.engine.entry import Entry
 from sandbox_tools.engine.journal import Journal
-from sandbox_tools.engine.lifecycle import Entry, Lifecycle
+from sandbox_tools.engine.lifecycle import Lifecycle
 from sandbox_tools.engine.metering import Metering
 from sandbox_tools.engine.records import TRAFFIC_SECONDS, IdempotencyMark, Record, new_record
 from sandbox_tools.engine.retention import Retention
@@ -122,7 +123,8 @@ class Transitions:
     async def connect(
         self, entry: Entry, seconds: int, *, memory: bool, changes: Mapping[str, Any]
     ) -> tuple[Entry, bool]:
-        async with entry.lock:
+        # What is to be changed is changed by a resume, and what comes back without its memory has to be gone first.
+        async with entry.claimed(wanted=memory and not changes):
             self._sandboxes.check_there(entry)
             if entry.phase == "paused":
                 await self._resume(entry, seconds, memory=memory, changes=changes)
@@ -133,13 +135,16 @@ class Transitions:
             return entry, False
 
     async def wake(self, entry: Entry) -> None:
-        async with entry.lock:
+        async with entry.claimed():
             self._sandboxes.check_there(entry)
             self.check_awake(entry)
             if entry.phase == "paused":
-                await self._resume(entry, min(max(entry.record.timeout, TRAFFIC_SECONDS), MAX_TIMEOUT))
+                await self._resume(entry, _woken_for(entry))
             else:
                 await self._reach(entry)
+                # A pause at its timeout that was given up for this would begin again at once.
+                if entry.record.end_at <= self._now():
+                    await self._extend(entry, _woken_for(entry))
 
     async def _resume(
         self, entry: Entry, seconds: int, *, memory: bool = True, changes: Mapping[str, Any] | None = None
@@ -214,7 +219,7 @@ class Transitions:
             raise ConfigError(msg, op="set_timeout", sandbox_id=entry.record.id)
         return min(now + timedelta(seconds=min(seconds, MAX_TIMEOUT)), last)
 
-    async def pause(self, entry: Entry, *, memory: bool = True, healthy: bool = False) -> None:
+    async def pause(self, entry: Entry, *, memory: bool = True, healthy: bool = False, for_good: bool = False) -> None:
         async with entry.lock:
             self._sandboxes.check_there(entry)
             # A call that came during a pause finds it done and has joined it.
@@ -223,12 +228,16 @@ class Transitions:
                     if entry.record.frozen:
                         await self._reach(entry)
                     await self._lifecycle.check_health(entry)
-                await self._pause_locked(entry, memory=memory)
+                await self._pause_locked(entry, memory=memory, for_good=for_good)
 
-    async def _pause_locked(self, entry: Entry, *, memory: bool) -> None:
+    async def _pause_locked(self, entry: Entry, *, memory: bool, for_good: bool = False) -> None:
         try:
-            await self._lifecycle.pause(entry, memory=memory)
-            self._journal.note(entry.record.id, "paused" if memory else "paused without its memory")
+            await self._lifecycle.pause(entry, memory=memory, for_good=for_good)
+            if entry.phase == "running":
+                words = "a pause was given up, as it was wanted again"
+            else:
+                words = "paused" if memory else "paused without its memory"
+            self._journal.note(entry.record.id, words)
         except EngineError as error:
             self._journal.note(entry.record.id, error.message, level="error")
             raise
@@ -249,7 +258,7 @@ class Transitions:
             return entry
 
     async def kill(self, entry: Entry) -> None:
-        async with entry.lock:
+        async with entry.claimed():
             self._sandboxes.check_there(entry)
             await self.end(entry, "it was killed")
 
@@ -316,6 +325,11 @@ class Transitions:
         self._sandboxes.remember(entry, reason)
         self._sandboxes.forget(entry)
         self._metering.forget(entry.record.id)
+
+
+def _woken_for(entry: Entry) -> int:
+    """Seconds that traffic which wakes a sandbox gives it."""
+    return min(max(entry.record.timeout, TRAFFIC_SECONDS), MAX_TIMEOUT)
 
 
 def _by_itself(entry: Entry) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import os
 from pathlib import Path
 
+from sandbox_tools.engine import groups
 from sandbox_tools.engine.runtime import Container, Usage
 
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -58,7 +59,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 def _cache(pid: int) -> int:
-    for group in _groups(pid):
+    for group in groups.of(pid):
         with contextlib.suppress(OSError):
             for line in (group / "memory.stat").read_text().splitlines():
                 # `file` in version 2 of control groups, `cache` in version 1; memory that is shared is in both.
@@ -66,17 +67,6 @@ def _cache(pid: int) -> int:
                 if name in ("file", "cache"):
                     return int(value)
     return 0
-
-
-def _groups(pid: int) -> list[Path]:
-    """The control groups that account for its memory; only where they were made for it."""
-    found = []
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if "/sandbox-tools/" in path and controllers in ("", "memory"):
-                found.append(Path("/sys/fs/cgroup", controllers, path.lstrip("/")))
-    return found
 
 
 def _written(pid: int, filestore: Path) -> int:

@@ -12,10 +12,12 @@ from typing import Any, TypeVar
 
 import uvicorn
 
+from sandbox_tools.engine import keys
 from sandbox_tools.engine.front import Front
 from sandbox_tools.engine.operations import Engine
 from sandbox_tools.engine.runsc import Runsc
 from sandbox_tools.engine.serve import _listen, _Server
+from sandbox_tools.engine.store import Store, memory_directory
 from sandbox_tools.engine.supervisor import Supervisor
 from sandbox_tools.engine.templates import prepare
 from tests.conftest import own_state
@@ -73,7 +75,13 @@ class EngineInside(EngineProcess):
         template = await prepare(self.state, self._templates)
         runtime = Runsc(template.runsc, self.state / "runsc")
         self.supervisor = Supervisor(
-            self.state, self._templates, template, runtime, now=self.now, max_sandboxes=self._most
+            self.state,
+            self._templates,
+            template,
+            runtime,
+            store=Store(keys.load(self.state), memory_directory(self.state)),
+            now=self.now,
+            max_sandboxes=self._most,
         )
         await self.supervisor.start()
         engine.supervisor = self.supervisor

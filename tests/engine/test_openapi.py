@@ -26,7 +26,7 @@ from schemathesis.checks import (
 )
 
 from sandbox_tools.engine import controls, reports, unsupported
-from sandbox_tools.engine.lifecycle import Entry
+from sandbox_tools.engine.entry import Entry
 from sandbox_tools.engine.openapi import document
 from tests.engine.inside import EngineInside, engine_inside
 from tests.machine import PATIENCE

@@ -93,16 +93,60 @@ def test_pausing_twice_is_a_conflict_and_joining_a_pause_is_not(box: Box) -> Non
     assert "already paused" in again.json()["message"]
 
 
-def test_connect_during_a_pause_waits_for_it_and_resumes(box: Box) -> None:
-    box.run("kept = 'yes'; blob = b'x' * (200 << 20)")
-    pausing = threading.Thread(target=box.post, args=("pause",))
-    pausing.start()
-    while box.info()["state"] != "paused":  # shown from the moment the pause begins
-        pass
+def pausing(box: Box) -> threading.Thread:
+    """A pause under way, which gets its 204."""
+    statuses: list[int] = []
 
+    def pause() -> None:
+        statuses.append(box.post("pause").status_code)
+        assert statuses == [204]
+
+    caller = threading.Thread(target=pause)
+    caller.start()
+    while box.info()["state"] != "paused" and not statuses:  # shown from the moment the pause begins
+        pass
+    assert not statuses
+    return caller
+
+
+def test_connect_during_a_pause_has_the_sandbox_back_from_memory(box: Box) -> None:
+    box.run("import os; kept = 'yes'; blob = os.urandom(400 << 20)")
+    caller = pausing(box)
+
+    answer = box.post("connect", timeout=600)
+    caller.join()
+
+    assert answer.status_code == 200  # it was never gone
+    assert box.info()["state"] == "running"
+    assert box.value("kept, len(blob)") == f"('yes', {400 << 20})"
+    assert box.info()["snapshotBytes"] == 0
+    # It is paused and resumed like any other afterwards.
+    assert box.post("pause").status_code == 204
+    assert not list((box.engine.state / "snapshots" / box.id).glob(".partial-*"))
     assert box.post("connect", timeout=600).status_code == 201
-    pausing.join()
     assert box.value("kept") == "yes"
+
+
+def test_a_pause_is_not_given_up_for_who_wants_something_changed_by_the_resume(box: Box) -> None:
+    box.run("kept = 'yes'; blob = b'x' * (200 << 20)")
+    caller = pausing(box)
+
+    answer = box.post("connect", timeout=600, memory=False)
+    caller.join()
+
+    assert answer.status_code == 201
+    assert box.run("kept")[-1]["type"] != "result"  # as after a reboot
+
+
+def test_a_kill_during_a_pause_leaves_nothing(box: Box) -> None:
+    box.run("blob = b'x' * (400 << 20)")
+    caller = pausing(box)
+
+    assert box.kill() == 204
+    caller.join()
+
+    assert not (box.engine.state / "snapshots" / box.id).exists()
+    assert not [name for name in box.engine.containers() if name.startswith(box.id)]
 
 
 def test_connect_extends_the_end_of_a_running_sandbox_and_never_shortens_it(box: Box) -> None:

@@ -1,0 +1,131 @@
+"""An image of a sandbox that stands still, brought to its place on the disk; given up when somebody wants it back."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sandbox_tools.engine import snapshots, templates
+from sandbox_tools.engine.runtime import Container, Runtime
+from sandbox_tools.engine.store import Draft, Store
+
+# Each fills a core and holds an image in memory: more at a time would only make each of them later.
+_AT_A_TIME = max(2, min(4, os.cpu_count() or 1))
+
+
+class WantedError(Exception):
+    """Raised where an image was given up because its sandbox is wanted; that still stands still."""
+
+
+class Writing:
+    """Writes the images of one engine, a few at a time.
+
+    Args:
+        store: Where they go.
+    """
+
+    def __init__(self, runtime: Runtime, store: Store) -> None:
+        self._runtime = runtime
+        self._store = store
+        self._turns = asyncio.Semaphore(_AT_A_TIME)
+        self._given_up: set[asyncio.Future[None]] = set()
+
+    async def write(
+        self, container: Container, final: Path, *, wanted: asyncio.Event, description: str | None = None
+    ) -> snapshots.Manifest:
+        """An image of a container whose tasks stand still, and do so afterwards.
+
+        Args:
+            final: Where the snapshot will be; a name that was never used before.
+            wanted: Give it up as soon as this is set. What the runtime has begun it ends first.
+            description: Kept with the image, as `snapshots.DESCRIPTION`. None: there is none.
+
+        Raises:
+            WantedError: It was given up; there will be nothing at `final`.
+            EngineError: The runtime refuses or fails, or there is no memory for it.
+            OSError: The disk is full or failing.
+        """
+        await self._turn(wanted)
+        try:
+            usage = await asyncio.to_thread(self._runtime.usage, container)
+            need = usage.memory + usage.disk if usage else 0
+            draft = await asyncio.to_thread(self._store.begin, final, need)
+            try:
+                if wanted.is_set():
+                    raise WantedError
+                await self._runtime.checkpoint(container, draft.path)
+                sealed = await self._seal(draft, description, wanted)
+            except BaseException:
+                await asyncio.to_thread(self._store.drop, draft)
+                raise
+            finally:
+                await self._runtime.bound(container)
+            return await self._commit(draft, sealed, container.binary.name, wanted)
+        finally:
+            self._turns.release()
+
+    async def aclose(self) -> None:
+        """Wait until nothing is left of what was given up."""
+        await asyncio.gather(*self._given_up)
+
+    async def _turn(self, wanted: asyncio.Event) -> None:
+        turn = asyncio.ensure_future(self._turns.acquire())
+        try:
+            await _either(turn, wanted)
+        finally:
+            if not turn.done():
+                turn.cancel()
+        if wanted.is_set():
+            if turn.done() and not turn.cancelled():
+                self._turns.release()
+            raise WantedError
+
+    async def _seal(self, draft: Draft, description: str | None, wanted: asyncio.Event) -> snapshots.Sealed | None:
+        work = asyncio.ensure_future(asyncio.to_thread(self._store.seal, draft))
+        await _either(work, wanted)
+        if wanted.is_set():
+            draft.given_up.set()
+            await asyncio.wait({work})
+            work.exception()
+            raise WantedError
+        if description is not None:
+            (draft.partial / snapshots.DESCRIPTION).write_text(description, encoding="utf-8")
+        return work.result()
+
+    async def _commit(
+        self, draft: Draft, sealed: snapshots.Sealed | None, runsc: str, wanted: asyncio.Event
+    ) -> snapshots.Manifest:
+        """The disk takes its time, which whoever wants the sandbox does not wait for."""
+        commit = partial(snapshots.commit, draft.partial, draft.final, runsc=runsc, cpu=templates.cpu(), sealed=sealed)
+        committing = asyncio.ensure_future(asyncio.to_thread(commit))
+        await _either(committing, wanted)
+        if not wanted.is_set():
+            try:
+                return committing.result()
+            except OSError:
+                await asyncio.to_thread(self._store.drop, draft)
+                raise
+
+        leaving = asyncio.ensure_future(self._leave(committing, draft))
+        self._given_up.add(leaving)
+        leaving.add_done_callback(self._given_up.discard)
+        raise WantedError
+
+    async def _leave(self, committing: asyncio.Future[snapshots.Manifest], draft: Draft) -> None:
+        await asyncio.wait({committing})
+        committing.exception()
+        await asyncio.to_thread(self._store.drop, draft)
+        await asyncio.to_thread(shutil.rmtree, draft.final, ignore_errors=True)
+
+
+async def _either(work: asyncio.Future[Any], wanted: asyncio.Event) -> None:
+    """Until the work is done, or its outcome is not wanted any more."""
+    waiting = asyncio.ensure_future(wanted.wait())
+    try:
+        await asyncio.wait({work, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        waiting.cancel()
