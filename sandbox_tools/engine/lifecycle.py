@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sandbox_tools.engine import snapshots, templates
+from sandbox_tools.engine.bounds import Bounds
 from sandbox_tools.engine.bundle import write_bundle
 from sandbox_tools.engine.entry import Entry
 from sandbox_tools.engine.guest_calls import check_health, initialise, reboot
@@ -37,6 +38,7 @@ class Lifecycle:
         state: The engine's state directory.
         template_directory: Where the templates are.
         store: Where images are written and read.
+        bounds: What each sandbox may take at most.
         now: The wall clock.
         on_end: Told of a sandbox whose container ended by itself.
     """
@@ -48,6 +50,7 @@ class Lifecycle:
         runtime: Runtime,
         store: Store,
         *,
+        bounds: Bounds,
         now: Callable[[], datetime],
         on_end: Callable[[Entry, Container], None],
     ) -> None:
@@ -57,6 +60,7 @@ class Lifecycle:
         self._store = store
         self._writing = Writing(runtime, store)
         self._template_directory = template_directory
+        self._bounds = bounds
         self._now = now
         self._on_end = on_end
 
@@ -335,7 +339,7 @@ class Lifecycle:
         await _remove(container.directory)
         with _disk_errors("container", entry):
             container.directory.mkdir(parents=True)
-            write_bundle(container.bundle, template.config(container))
+            write_bundle(container.bundle, self._bounds.applied(template.config(container)))
             container.pipes.make()
         entry.tunnel = Tunnel(container.pipes)
         entry.tunnel.open_pipes()

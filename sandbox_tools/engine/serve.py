@@ -20,6 +20,7 @@ import uvicorn
 
 from sandbox_tools.engine import keys
 from sandbox_tools.engine.api import Engine
+from sandbox_tools.engine.bounds import DEFAULT_DISK_MB, Bounds
 from sandbox_tools.engine.exclusive import AlreadyRunningError, sole_engine
 from sandbox_tools.engine.front import Front
 from sandbox_tools.engine.retention import DEFAULT_DAYS
@@ -65,6 +66,8 @@ def run(
     domain: str | None = None,
     api_key: str | None = None,
     memory_mb: int = DEFAULT_MEMORY_MB,
+    disk_mb: int = DEFAULT_DISK_MB,
+    cpus: float | None = None,
     max_sandboxes: int | None = None,
     idle_exit: float | None = None,
     retention_days: float = DEFAULT_DAYS,
@@ -84,6 +87,8 @@ def run(
             socket; on TCP one that needs no DNS, as clients take what precedes its `@` for a user name.
         api_key: What clients must send. None on a Unix socket: the socket's permissions decide.
         memory_mb: Memory of each sandbox.
+        disk_mb: What each may write to its files, as `Bounds.disk_mb`; 0: no limit.
+        cpus: Cores' worth of CPU time of each. None: as its template says.
         max_sandboxes: How many may run at a time; paused ones don't count. None: no limit.
         idle_exit: Seconds without a running sandbox or a request after which the engine exits; paused sandboxes need
             none. None: never.
@@ -97,6 +102,7 @@ def run(
     try:
         with sole_engine(state_dir):
             engine = Engine()
+            bounds = Bounds(disk_mb=disk_mb, cpus=cpus)
             store = Store(keys.load(state_dir, key_file), memory_directory(state_dir)) if encryption else Store()
             listeners = [Listener(socket=_listen(state_dir, uds, host, port))]
             if host is not None:
@@ -108,7 +114,9 @@ def run(
                 engine.domain = domain or f"sbx@{_reachable(host)}:{listeners[-1].socket.getsockname()[1]}"
             elif domain is not None:
                 engine.domain = domain
-            prepare_engine = partial(_prepare, state_dir, engine, store, memory_mb, max_sandboxes, retention_days)
+            prepare_engine = partial(
+                _prepare, state_dir, engine, store, bounds, memory_mb, max_sandboxes, retention_days
+            )
             asyncio.run(_serve(engine, listeners, prepare_engine, api_key, idle_exit))
     except AlreadyRunningError as error:
         _say(error.message)
@@ -222,7 +230,13 @@ async def _keep_certified(listeners: Sequence[Listener]) -> None:
 
 
 async def _prepare(
-    state: Path, engine: Engine, store: Store, memory_mb: int, max_sandboxes: int | None, retention_days: float
+    state: Path,
+    engine: Engine,
+    store: Store,
+    bounds: Bounds,
+    memory_mb: int,
+    max_sandboxes: int | None,
+    retention_days: float,
 ) -> Supervisor:
     def on_step(step: str, share: float) -> None:
         if step != engine.preparing:
@@ -234,7 +248,14 @@ async def _prepare(
     engine.preparing = "taking over what an earlier engine left"
     runtime = Runsc(template.runsc, state / "runsc")
     supervisor = Supervisor(
-        state, templates, template, runtime, store=store, max_sandboxes=max_sandboxes, retention_days=retention_days
+        state,
+        templates,
+        template,
+        runtime,
+        store=store,
+        bounds=bounds,
+        max_sandboxes=max_sandboxes,
+        retention_days=retention_days,
     )
     if store.keys is not None and store.keys.changing:
         engine.preparing = "putting snapshots under the newest key"

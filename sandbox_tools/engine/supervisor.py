@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from sandbox_tools.engine import idempotency, recovery
 from sandbox_tools.engine.bodies import MAX_TIMEOUT, NewSandbox
+from sandbox_tools.engine.bounds import Bounds
 from sandbox_tools.engine.deadlines import Deadlines
 from sandbox_tools.engine.entry import Entry
 from sandbox_tools.engine.journal import Journal
@@ -51,6 +52,7 @@ class Supervisor:
         runtime: What isolates them.
         now: The wall clock.
         store: Where their images are. None: in files as they are.
+        bounds: What each sandbox may take at most. None: the defaults.
         max_sandboxes: How many may run at a time; paused ones don't count. None: no limit.
         retention_days: How long a paused sandbox is kept. 0: until it is killed.
     """
@@ -64,13 +66,16 @@ class Supervisor:
         *,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         store: Store | None = None,
+        bounds: Bounds | None = None,
         max_sandboxes: int | None = None,
         retention_days: float = DEFAULT_DAYS,
     ) -> None:
         self.now = now
         self.sandboxes = Sandboxes(most=max_sandboxes)
         self.store = store or Store()
-        self.lifecycle = Lifecycle(state, template_directory, runtime, self.store, now=now, on_end=self._on_end)
+        self.lifecycle = Lifecycle(
+            state, template_directory, runtime, self.store, bounds=bounds or Bounds(), now=now, on_end=self._on_end
+        )
         self.saved = Saved(state / "saved")
         self.journal = Journal(self.lifecycle.sandboxes, now=now)
         self.metering = Metering(self.sandboxes.running, self.lifecycle.container, runtime, now=now)

@@ -1,0 +1,87 @@
+"""What bounds a sandbox besides its memory: the disk that it fills, its share of the CPUs, processes, open files.
+
+| what | how | for an ordinary user's engine too |
+|---|---|---|
+| bytes written to its files | gVisor keeps them in one file of the host's, whose size has a limit | yes |
+| `/tmp` and `/dev/shm` | their size: they lie in its memory | yes |
+| processes and open files | limits of the guest's (`RLIMIT_NPROC`, `RLIMIT_NOFILE`), which gVisor enforces | yes |
+| CPU time | a control group | no |
+| memory and threads of gVisor itself | a control group | no |
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+DEFAULT_DISK_MB = 10240
+
+DISK = "tools.sandbox.disk-mb"
+"""The annotation of a bundle that says how much its sandbox may write."""
+
+# gVisor lets the files behind a sandbox grow by so much at a time (pgalloc's chunks): less could not be told apart.
+_STEP = 1 << 30
+
+_PERIOD = 100_000  # microseconds, the kernel's own default
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """What every sandbox of an engine may take at most.
+
+    Attributes:
+        disk_mb: MB that it may write to its files, rounded up to whole GiB, and 1 GiB more than its memory at least, as
+            one limit holds for what gVisor keeps of both. 0: no limit.
+        cpus: Cores' worth of CPU time; only root's engine can enforce it. None: as its template says.
+    """
+
+    disk_mb: int = DEFAULT_DISK_MB
+    cpus: float | None = None
+
+    def applied(self, config: dict[str, Any]) -> dict[str, Any]:
+        """An OCI configuration with these bounds in it; the narrower one counts where it has one of its own."""
+        resources = config["linux"]["resources"]
+        quota = resources.get("cpu", {}).get("quota")
+        if self.cpus is not None and (quota is None or quota > self.cpus * _PERIOD):
+            resources = {**resources, "cpu": {"quota": max(1000, round(self.cpus * _PERIOD)), "period": _PERIOD}}
+        annotations = {**config.get("annotations", {}), DISK: str(self.disk_mb)}
+        return {**config, "annotations": annotations, "linux": {**config["linux"], "resources": resources}}
+
+
+def file_limit(bundle: Path) -> int | None:
+    """Bytes that a file of the container's may have on the host. None: as many as it likes."""
+    try:
+        config = json.loads((bundle / "config.json").read_bytes())
+        disk_mb = int(config["annotations"][DISK])
+        memory = int(config["linux"]["resources"]["memory"]["limit"])
+    except (OSError, ValueError, KeyError):  # of a release that knew no such limit
+        return None
+    return None if disk_mb == 0 else max(_steps(disk_mb << 20), _steps(memory) + _STEP)
+
+
+def _steps(size: int) -> int:
+    return -(-size // _STEP) * _STEP
+
+
+def limit_files(pid: int, limit: int | None) -> None:
+    """Let no file that the process writes grow further; what asks for more inside is refused. None: without a limit.
+
+    gVisor passes the refusal on as it came, as an error of the write, and lives on; the signal that a process gets with
+    it (setrlimit(2)) is one that its runtime, Go's, takes no notice of.
+    """
+    with contextlib.suppress(ProcessLookupError):
+        # The hard limit stays where it is, or an ordinary user's engine could not lift the soft one for a checkpoint.
+        hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)[1]
+        soft = hard if limit is None else limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def process_limits(memory_mb: int) -> list[dict[str, Any]]:
+    """The OCI configuration's `process.rlimits`, which every process inside inherits and only lowers."""
+    # A Python that was forked and sleeps takes 4 MB: so many of one user's leave a third of the memory to the rest.
+    limits = {"RLIMIT_NPROC": max(128, memory_mb // 6), "RLIMIT_NOFILE": 8192}
+    return [{"type": kind, "soft": limit, "hard": limit} for kind, limit in limits.items()]
