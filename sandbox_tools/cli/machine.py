@@ -82,7 +82,7 @@ key_file = click.option(
     default=10240,
     show_default=True,
     metavar="MB",
-    help="What a sandbox may write to its files, in whole GiB and above its memory; 0: no limit.",
+    help="What a sandbox may write to its files, in whole GiB, 8 at least beside 2 GB of memory; 0: no limit.",
 )
 @click.option(
     "--cpus",

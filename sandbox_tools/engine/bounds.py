@@ -24,7 +24,10 @@ DISK = "tools.sandbox.disk-mb"
 """The annotation of a bundle that says how much its sandbox may write."""
 
 # gVisor lets the files behind a sandbox grow by so much at a time (pgalloc's chunks): less could not be told apart.
-_STEP = 1 << 30
+_STEP_MB = 1024
+
+# What a process adds to the length, though not the size, of the file that gVisor shares with its stubs: seen 18.
+_PROCESS_MB = 20
 
 _PERIOD = 100_000  # microseconds, the kernel's own default
 
@@ -34,8 +37,8 @@ class Bounds:
     """What every sandbox of an engine may take at most.
 
     Attributes:
-        disk_mb: MB that it may write to its files, rounded up to whole GiB, and 1 GiB more than its memory at least, as
-            one limit holds for what gVisor keeps of both. 0: no limit.
+        disk_mb: MB that it may write to its files, rounded up to whole GiB, and `least_disk_mb` at least, as the
+            limit holds for what gVisor keeps of memory and processes as well. 0: no limit.
         cpus: Cores' worth of CPU time; only root's engine can enforce it. None: as its template says.
     """
 
@@ -60,11 +63,18 @@ def file_limit(bundle: Path) -> int | None:
         memory = int(config["linux"]["resources"]["memory"]["limit"])
     except (OSError, ValueError, KeyError):  # of a release that knew no such limit
         return None
-    return None if disk_mb == 0 else max(_steps(disk_mb << 20), _steps(memory) + _STEP)
+    return None if disk_mb == 0 else -(-max(disk_mb, least_disk_mb(memory >> 20)) // _STEP_MB) * _STEP_MB << 20
 
 
-def _steps(size: int) -> int:
-    return -(-size // _STEP) * _STEP
+def least_disk_mb(memory_mb: int) -> int:
+    """MB below which a limit would end a sandbox that does no more than it may: its memory and its processes."""
+    return max(memory_mb, most_processes(memory_mb) * _PROCESS_MB) + _STEP_MB
+
+
+def most_processes(memory_mb: int) -> int:
+    """Processes and threads that one user of a sandbox may have."""
+    # A Python that was forked and sleeps takes 4 MB: so many leave a third of the memory to the rest.
+    return min(max(128, memory_mb // 6), 1024)
 
 
 def limit_files(pid: int, limit: int | None) -> None:
@@ -82,6 +92,5 @@ def limit_files(pid: int, limit: int | None) -> None:
 
 def process_limits(memory_mb: int) -> list[dict[str, Any]]:
     """The OCI configuration's `process.rlimits`, which every process inside inherits and only lowers."""
-    # A Python that was forked and sleeps takes 4 MB: so many of one user's leave a third of the memory to the rest.
-    limits = {"RLIMIT_NPROC": max(128, memory_mb // 6), "RLIMIT_NOFILE": 8192}
+    limits = {"RLIMIT_NPROC": most_processes(memory_mb), "RLIMIT_NOFILE": 8192}
     return [{"type": kind, "soft": limit, "hard": limit} for kind, limit in limits.items()]
