@@ -90,6 +90,11 @@ key_file = click.option(
     metavar="N",
     help="Cores' worth of CPU time of a sandbox; needs root.  [default: as many as there are]",
 )
+@click.option(
+    "--allow-internet",
+    is_flag=True,
+    help="Let new sandboxes reach the internet, through an HTTP proxy, unless created not to.  [default: no way out]",
+)
 @state_dir
 def serve(
     state_dir: Path, uds: Path | None, host: str | None, port: int | None, tls_port: int | None, **options: Any

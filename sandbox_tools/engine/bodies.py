@@ -67,7 +67,7 @@ class NewSandbox(CreateRequest):
             serialization_alias="allow_internet_access",
         ),
     ] = None
-    """Accepted and without effect: sandboxes of this engine have no way out."""
+    """None: as True. Without effect where the engine was not started to allow it: there is no way out then."""
     network: Network | None = None
     volume_mounts: list[dict[str, Any]] | None = None
     mcp: dict[str, Any] | None = None

@@ -16,7 +16,14 @@ import json
 import resource
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from sandbox_tools.engine.outside import WayOut
+from sandbox_tools.engine.reach import Rules
+
+if TYPE_CHECKING:
+    from sandbox_tools.engine.bodies import NewSandbox
+    from sandbox_tools.engine.records import Record
 
 DEFAULT_DISK_MB = 10240
 
@@ -40,10 +47,31 @@ class Bounds:
         disk_mb: MB that it may write to its files, rounded up to whole GiB, and `least_disk_mb` at least, as the
             limit holds for what gVisor keeps of memory and processes as well. 0: no limit.
         cpus: Cores' worth of CPU time; only root's engine can enforce it. None: as its template says.
+        internet: Whether those that were created while this was so reach the internet, unless they were not to.
     """
 
     disk_mb: int = DEFAULT_DISK_MB
     cpus: float | None = None
+    internet: bool = False
+
+    def lets_out(self, record: Record) -> bool:
+        """Whether a sandbox has a way out."""
+        return self.internet and record.internet
+
+    def way_out(self, record: Record) -> WayOut | None:
+        """What the streams that a sandbox opens go through. None: nothing is let out."""
+        return WayOut(record.id, Rules.of(record.network)) if self.lets_out(record) else None
+
+    def granted(self, request: NewSandbox) -> NewSandbox:
+        """A request for a sandbox, with what it gets of the internet in place of what it asks for.
+
+        Raises:
+            ConfigError: Its rules for what goes out can't be understood.
+        """
+        asked = self.internet and request.allow_internet_access is not False
+        if asked and request.network is not None:
+            Rules.of(request.network.model_dump(by_alias=True))
+        return request.model_copy(update={"allow_internet_access": asked})
 
     def applied(self, config: dict[str, Any]) -> dict[str, Any]:
         """An OCI configuration with these bounds in it; the narrower one counts where it has one of its own."""

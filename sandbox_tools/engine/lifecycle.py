@@ -86,7 +86,8 @@ class Lifecycle:
         record = entry.record
         try:
             tunnel = await self._start_run(entry, origin.image)
-            await initialise(tunnel, sandbox_id=record.id, token=record.token, env=env)
+            let_out = self._bounds.lets_out(record)
+            await initialise(tunnel, sandbox_id=record.id, token=record.token, env=env, let_out=let_out)
             if not origin.memory:
                 await reboot(tunnel, sandbox_id=record.id, token=record.token)
             await self.save(entry)
@@ -247,7 +248,7 @@ class Lifecycle:
         """
         container = self.container(entry)
         self._let_go(entry, "the engine attaches anew")
-        tunnel = Tunnel(container.pipes)
+        tunnel = Tunnel(container.pipes, self._bounds.way_out(entry.record))
         try:
             if await self.runtime.state(container) == "gone":
                 return False
@@ -341,7 +342,7 @@ class Lifecycle:
             container.directory.mkdir(parents=True)
             write_bundle(container.bundle, self._bounds.applied(template.config(container)))
             container.pipes.make()
-        entry.tunnel = Tunnel(container.pipes)
+        entry.tunnel = Tunnel(container.pipes, self._bounds.way_out(entry.record))
         entry.tunnel.open_pipes()
         async with self._store.opened(image, cpu=templates.cpu()) as plain:
             await self.runtime.restore(container, plain)

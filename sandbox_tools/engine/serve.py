@@ -68,6 +68,7 @@ def run(
     memory_mb: int = DEFAULT_MEMORY_MB,
     disk_mb: int = DEFAULT_DISK_MB,
     cpus: float | None = None,
+    allow_internet: bool = False,
     max_sandboxes: int | None = None,
     idle_exit: float | None = None,
     retention_days: float = DEFAULT_DAYS,
@@ -89,6 +90,7 @@ def run(
         memory_mb: Memory of each sandbox.
         disk_mb: What each may write to its files, as `Bounds.disk_mb`; 0: no limit.
         cpus: Cores' worth of CPU time of each. None: as its template says.
+        allow_internet: Whether new ones reach the internet, by HTTP through this process, unless they are not to.
         max_sandboxes: How many may run at a time; paused ones don't count. None: no limit.
         idle_exit: Seconds without a running sandbox or a request after which the engine exits; paused sandboxes need
             none. None: never.
@@ -102,7 +104,7 @@ def run(
     try:
         with sole_engine(state_dir):
             engine = Engine()
-            bounds = Bounds(disk_mb=disk_mb, cpus=cpus)
+            bounds = Bounds(disk_mb=disk_mb, cpus=cpus, internet=allow_internet)
             store = Store(keys.load(state_dir, key_file), memory_directory(state_dir)) if encryption else Store()
             listeners = [Listener(socket=_listen(state_dir, uds, host, port))]
             if host is not None:

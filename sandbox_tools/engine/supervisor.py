@@ -73,8 +73,9 @@ class Supervisor:
         self.now = now
         self.sandboxes = Sandboxes(most=max_sandboxes)
         self.store = store or Store()
+        self._bounds = bounds or Bounds()
         self.lifecycle = Lifecycle(
-            state, template_directory, runtime, self.store, bounds=bounds or Bounds(), now=now, on_end=self._on_end
+            state, template_directory, runtime, self.store, bounds=self._bounds, now=now, on_end=self._on_end
         )
         self.saved = Saved(state / "saved")
         self.journal = Journal(self.lifecycle.sandboxes, now=now)
@@ -112,7 +113,7 @@ class Supervisor:
             ConflictError: The sandbox of that key is gone.
             EngineError: It could not be started; nothing of it is left.
         """
-        timeout = checked(request.timeout, "create")
+        timeout, request = checked(request.timeout, "create"), self._bounds.granted(request)
         waking = request.auto_resume is not None and request.auto_resume.enabled
         if not request.auto_pause_memory and (not request.auto_pause or waking):
             msg = "`autoPauseMemory` is false: that needs `autoPause`, and excludes `autoResume`."
