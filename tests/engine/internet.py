@@ -102,9 +102,10 @@ def engine_with_internet(*options: str) -> Iterator[tuple[EngineProcess, Path]]:
             try:
                 yield engine, log
             finally:
-                if engine.process is not None and engine.process.poll() is None:
-                    engine.clear()
-                    engine.stop()
+                if engine.process is None or engine.process.poll() is not None:
+                    engine.start()
+                engine.clear()
+                engine.stop()
                 assert engine.containers() == []
         finally:
             server.kill()
@@ -117,7 +118,9 @@ def _joined(server: int, hosts: Path) -> str:
     inside = ["ip link set lo up", "ip link set inside up"]
     inside += [f"ip addr add {each} dev inside {'nodad' if ':' in each else ''}" for each in there]
     inside += [f"ip route add {ENGINE}/32 dev inside", f"ip -6 route add {ENGINE_6}/128 dev inside"]
-    own = ["ip link set lo up", f"ip link add outside type veth peer name inside netns {server}"]
+    # An engine that was killed leaves its end behind for as long as its sandboxes live.
+    own = [f"nsenter --net=/proc/{server}/ns/net ip link del inside 2>/dev/null || true"]
+    own += ["ip link set lo up", f"ip link add outside type veth peer name inside netns {server}"]
     own += [f"ip addr add {ENGINE}/32 dev outside", f"ip addr add {ENGINE_6}/128 dev outside nodad"]
     own += ["ip link set outside up", f"nsenter --net=/proc/{server}/ns/net sh -ec '{'; '.join(inside)}'"]
     own += [f"ip {'-6' if ':' in each else ''} route add {each} dev outside" for each in there]
