@@ -37,6 +37,9 @@ def templates() -> Iterator[Path]:
         yield directory
 
 
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: mounts a file system or bounds memory by cgroup")
+
+
 @contextlib.contextmanager
 def own_state() -> Iterator[Path]:
     """A state directory of the test's own, with a path short enough for a socket's name."""

@@ -22,12 +22,18 @@ PATIENCE = 120.0
 
 
 class EngineProcess:
-    """`sandbox-tools serve` on a state directory; killed and started again at will."""
+    """`sandbox-tools serve` on a state directory; killed and started again at will.
 
-    def __init__(self, state: Path, *, prefix: tuple[str, ...] = (), options: tuple[str, ...] = ()) -> None:
+    Args:
+        pool: How many sandboxes it keeps ready; none, so that what runs is what a test has asked for.
+    """
+
+    def __init__(
+        self, state: Path, *, prefix: tuple[str, ...] = (), options: tuple[str, ...] = (), pool: int = 0
+    ) -> None:
         self.state = state
         self.prefix = prefix
-        self.options = options
+        self.options = (*options, "--pool", str(pool))
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, **environment: str) -> EngineProcess:

@@ -75,6 +75,30 @@ key_file = click.option(
     help="Seal snapshots on the disk; what is sealed already stays so.",
 )
 @key_file
+@click.option(
+    "--pool",
+    "pool_size",
+    type=click.IntRange(0, 100),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Sandboxes kept ready, frozen, each some 110 MB of memory: the next create is a thaw.",
+)
+@click.option(
+    "--max-snapshot-mb",
+    type=click.IntRange(1),
+    metavar="MB",
+    help="What all snapshots together may take of the disk; kept pauses go first, then a pause is refused.  "
+    "[default: what it has]",
+)
+@click.option(
+    "--keep-history",
+    type=click.IntRange(0, 100),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Keep the last N pauses of each sandbox as snapshots, to go back to.",
+)
 @click.option("--memory-mb", type=int, default=2048, show_default=True, metavar="MB", help="Memory of a sandbox.")
 @click.option(
     "--disk-mb",

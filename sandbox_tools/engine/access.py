@@ -13,7 +13,7 @@ from sandbox_tools.models import ENVD_PORT, INTERPRETER_PORT
 
 # How the engine itself speaks with a guest: from outside there are no such routes. Routers are lenient about the end
 # of a path (a regular expression's `$` matches before a line end): so is this.
-_INTERNAL = re.compile(r"/(init|reboot)[/\s]*")
+_INTERNAL = re.compile(r"/(init|reboot|warm)[/\s]*")
 
 # What E2B's SDKs ask of the interpreter without the sandbox's token. All else needs it, however it is spelt.
 _OPEN = re.compile(r"/(health|contexts(/.*)?)", re.DOTALL)

@@ -69,6 +69,9 @@ class NewSandbox(CreateRequest):
     ] = None
     """None: as True. Without effect where the engine was not started to allow it: there is no way out then."""
     network: Network | None = None
+    keep_history: Annotated[int, Field(ge=0, le=100), _WHOLE] | None = None
+    """How many of its last pauses stay as snapshots, listed with the others, until it is killed. None: as the engine
+    was told. Only this engine has it."""
     volume_mounts: list[dict[str, Any]] | None = None
     mcp: dict[str, Any] | None = None
     iam: dict[str, Any] | None = None

@@ -23,6 +23,7 @@ from sandbox_tools.engine.reach import Rules
 
 if TYPE_CHECKING:
     from sandbox_tools.engine.bodies import NewSandbox
+    from sandbox_tools.engine.entry import Entry
     from sandbox_tools.engine.records import Record
 
 DEFAULT_DISK_MB = 10240
@@ -58,9 +59,9 @@ class Bounds:
         """Whether a sandbox has a way out."""
         return self.internet and record.internet
 
-    def way_out(self, record: Record) -> WayOut | None:
-        """What the streams that a sandbox opens go through. None: nothing is let out."""
-        return WayOut(record.id, Rules.of(record.network)) if self.lets_out(record) else None
+    def way_out(self, entry: Entry) -> WayOut:
+        """What the streams that a sandbox opens go through; its record is looked at for each."""
+        return WayOut(entry.record.id, lambda: Rules.of(entry.record.network) if self.lets_out(entry.record) else None)
 
     def granted(self, request: NewSandbox) -> NewSandbox:
         """A request for a sandbox, with what it gets of the internet in place of what it asks for.

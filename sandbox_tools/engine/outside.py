@@ -112,9 +112,13 @@ def is_own(address: Address) -> bool:
 
 
 class WayOut:
-    """What one sandbox's connections to the outside go through, while its tunnel lasts."""
+    """What one sandbox's connections to the outside go through, while its tunnel lasts.
 
-    def __init__(self, sandbox_id: str, rules: Rules) -> None:
+    Args:
+        rules: What it may reach now. None: nothing is let out.
+    """
+
+    def __init__(self, sandbox_id: str, rules: Callable[[], Rules | None]) -> None:
         self._sandbox_id = sandbox_id
         self._rules = rules
         self._tasks: set[asyncio.Task[None]] = set()
@@ -122,19 +126,24 @@ class WayOut:
 
     def __call__(self, stream: Stream) -> None:
         """Serve a stream that the guest has opened."""
+        rules = self._rules()
+        if rules is None:
+            stream.close("refused: nothing is let out")
+            return
+
         if self._open >= MOST:
             stream.close(f"refused: a sandbox may have {MOST} connections to the outside at a time")
             return
 
         self._open += 1
-        task = asyncio.create_task(self._serve(stream))
+        task = asyncio.create_task(self._serve(stream, rules))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     def _ended(self) -> None:
         self._open -= 1
 
-    async def _serve(self, stream: Stream) -> None:
+    async def _serve(self, stream: Stream, rules: Rules) -> None:
         handed_over = False
         try:
             stream.send_opened()
@@ -142,7 +151,7 @@ class WayOut:
                 head, rest = await _head(stream)
             request = parse(head)
             outer = _Outside(self._ended)
-            transport = await self._connect(request, outer)
+            transport = await self._connect(request, rules, outer)
             handed_over = True
             inner = StreamTransport(stream, Relay(transport))
             outer.peer = inner
@@ -162,10 +171,10 @@ class WayOut:
             if not handed_over:
                 self._ended()
 
-    async def _connect(self, request: Request, protocol: _Outside) -> asyncio.Transport:
+    async def _connect(self, request: Request, rules: Rules, protocol: _Outside) -> asyncio.Transport:
         loop = asyncio.get_running_loop()
         why = "it can't be reached"
-        for address in await self._addresses(request):
+        for address in await _addresses(request, rules):
             try:
                 async with asyncio.timeout(_SECONDS):
                     transport, _ = await loop.create_connection(lambda: protocol, str(address), request.port)
@@ -174,26 +183,6 @@ class WayOut:
             else:
                 return transport
         raise RefusedError(HTTPStatus.BAD_GATEWAY, f"{request.host}:{request.port} could not be called: {why}.")
-
-    async def _addresses(self, request: Request) -> list[Address]:
-        """Where a request may go, all judged after the name was looked up."""
-        try:
-            async with asyncio.timeout(_SECONDS):
-                found = await asyncio.get_running_loop().getaddrinfo(
-                    request.host, request.port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
-                )
-        except (OSError, TimeoutError, UnicodeError):
-            raise RefusedError(HTTPStatus.BAD_GATEWAY, f"{request.host} is a name without an address.") from None
-
-        addresses = [address for each in found if (address := parsed(str(each[4][0]))) is not None]
-        public = [address for address in addresses if may_reach(address, own=is_own)]
-        if not public:
-            words = f"{request.host} is not on the internet: private, local and metadata addresses are closed."
-            raise RefusedError(HTTPStatus.FORBIDDEN, words)
-        permitted = [address for address in public if self._rules.permit(request.host, address)]
-        if not permitted:
-            raise RefusedError(HTTPStatus.FORBIDDEN, f"{request.host} is denied by the rules of this sandbox.")
-        return permitted
 
 
 class _Outside(Relay):
@@ -206,6 +195,27 @@ class _Outside(Relay):
     def connection_lost(self, exc: Exception | None) -> None:
         self._on_end()
         super().connection_lost(exc)
+
+
+async def _addresses(request: Request, rules: Rules) -> list[Address]:
+    """Where a request may go, all judged after the name was looked up."""
+    try:
+        async with asyncio.timeout(_SECONDS):
+            found = await asyncio.get_running_loop().getaddrinfo(
+                request.host, request.port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
+            )
+    except (OSError, TimeoutError, UnicodeError):
+        raise RefusedError(HTTPStatus.BAD_GATEWAY, f"{request.host} is a name without an address.") from None
+
+    addresses = [address for each in found if (address := parsed(str(each[4][0]))) is not None]
+    public = [address for address in addresses if may_reach(address, own=is_own)]
+    if not public:
+        words = f"{request.host} is not on the internet: private, local and metadata addresses are closed."
+        raise RefusedError(HTTPStatus.FORBIDDEN, words)
+    permitted = [address for address in public if rules.permit(request.host, address)]
+    if not permitted:
+        raise RefusedError(HTTPStatus.FORBIDDEN, f"{request.host} is denied by the rules of this sandbox.")
+    return permitted
 
 
 async def _head(stream: Stream) -> tuple[bytes, bytes]:

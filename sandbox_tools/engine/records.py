@@ -82,6 +82,8 @@ class Record(BaseModel):
     """Whether it was created to reach the internet; it does where the engine still lets it."""
     earlier_starts: list[datetime] = []
     """When the runs before this one began, newest first and a few at most: a listing under way goes by them."""
+    keep_history: int = 0
+    """How many of its pauses are kept as snapshots after it was resumed from them."""
     idempotency: IdempotencyMark | None = None
     """None: it was created without a key."""
 
@@ -202,6 +204,7 @@ def new_record(
         timeout=timeout,
         auto_pause_memory=request.auto_pause_memory,
         traffic_token=new_token() if private else None,
+        keep_history=request.keep_history or 0,
         network=request.network.model_dump(by_alias=True, exclude_none=True) if request.network else None,
         internet=request.allow_internet_access is True,
         idempotency=mark,

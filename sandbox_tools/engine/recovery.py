@@ -12,6 +12,7 @@ from sandbox_tools.engine.entry import Entry
 from sandbox_tools.engine.lifecycle import Lifecycle
 from sandbox_tools.engine.records import Record
 from sandbox_tools.engine.runtime import Container
+from sandbox_tools.engine.snapshots import DESCRIPTION
 
 log = logging.getLogger(__name__)
 
@@ -66,5 +67,8 @@ async def sweep(lifecycle: Lifecycle, entries: Collection[Entry], binary: Path) 
         # Half-written ones, and whole ones that a crash has kept from becoming the truth, or from being removed after.
         needed = entry.record.snapshot if entry.record.state == "paused" else None
         for path in (lifecycle.snapshots / entry.record.id).glob("*"):
-            if path.name != needed:
+            if path.name != needed and entry.record.state == "running" and (path / DESCRIPTION).exists():
+                # It says that it is to be kept, and its sandbox runs on: only its move is missing.
+                await asyncio.to_thread(lifecycle.history.move, path)
+            elif path.name != needed:
                 await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)

@@ -120,7 +120,7 @@ class Runsc:
                 os.close(pidfd)
 
     def resident_bytes(self, container: Container) -> int:
-        """RAM that the sandbox holds: its process and those below it, each with its share of what they share (PSS)."""
+        """RAM that the sandbox holds: its own memory, and what gVisor's processes need for themselves."""
         pid = _sandbox_pid(container)
         return 0 if pid is None else usage.memory(pid)
 

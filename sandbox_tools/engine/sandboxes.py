@@ -76,14 +76,17 @@ class Sandboxes:
             raise RateLimitError(msg, op=op)
 
     @contextmanager
-    def beginning(self, entry: Entry) -> Iterator[None]:
-        """While a new sandbox is brought up it counts; it is there when it is up. Raises as `check_room` does."""
+    def beginning(self) -> Iterator[None]:
+        """While a new sandbox is brought up it counts. Raises as `check_room` does."""
         self.check_room("create")
         self._beginning += 1
         try:
             yield
         finally:
             self._beginning -= 1
+
+    def enter(self, entry: Entry) -> None:
+        """A new one is up."""
         self._entries[entry.record.id] = entry
 
     def remember(self, entry: Entry, reason: str) -> None:

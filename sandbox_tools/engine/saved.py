@@ -56,6 +56,8 @@ class Snapshot(BaseModel):
     created_at: datetime
     size: int = 0
     """Bytes on disk; known once it is written."""
+    kept: bool = False
+    """Whether it is a pause of that sandbox, kept for as long as there is the sandbox, and as others don't come."""
 
     @property
     def reference(self) -> str:
@@ -99,16 +101,26 @@ class Saved:
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         for path in self.directory.iterdir():
             try:
-                snapshot = Snapshot.model_validate_json((path / snapshots.DESCRIPTION).read_bytes())
+                snapshot = self.read(path.name)
             except (OSError, ValidationError):
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 # A half-written one has its description already, under another directory's name.
                 if path.name == snapshot.id:
-                    size = sum(file.stat().st_size for file in path.iterdir())
-                    self._held[snapshot.id] = _Held(snapshot.model_copy(update={"size": size}))
+                    self._held[snapshot.id] = _Held(snapshot)
                 else:
                     shutil.rmtree(path, ignore_errors=True)
+
+    def read(self, snapshot_id: str) -> Snapshot:
+        """What an image says of itself.
+
+        Raises:
+            OSError: There is none.
+            ValueError: It can't be read.
+        """
+        path = self.path(snapshot_id)
+        snapshot = Snapshot.model_validate_json((path / snapshots.DESCRIPTION).read_bytes())
+        return snapshot.model_copy(update={"size": sum(file.stat().st_size for file in path.iterdir())})
 
     def path(self, snapshot_id: str) -> Path:
         """Where an image of that id is, or is to be."""

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import uvicorn
 
-from sandbox_tools.engine import keys
+from sandbox_tools.engine import keys, pool
 from sandbox_tools.engine.api import Engine
 from sandbox_tools.engine.bounds import DEFAULT_DISK_MB, Bounds
 from sandbox_tools.engine.exclusive import AlreadyRunningError, sole_engine
@@ -74,6 +74,9 @@ def run(
     retention_days: float = DEFAULT_DAYS,
     encryption: bool = True,
     key_file: Path | None = None,
+    pool_size: int = pool.DEFAULT_SIZE,
+    max_snapshot_mb: int | None = None,
+    keep_history: int = 0,
 ) -> int:
     """Serve until told to stop, and return the process's exit code.
 
@@ -97,6 +100,9 @@ def run(
         retention_days: How long a paused sandbox is kept. 0: until it is killed.
         encryption: Whether snapshots are sealed on the disk.
         key_file: Where their keys are. None: as `keys.load` says.
+        pool_size: How many sandboxes are kept ready, frozen, so that a create is a thaw. 0: none.
+        max_snapshot_mb: What all snapshots together may take of the disk. None: what it has.
+        keep_history: How many of its last pauses are kept of a sandbox that says nothing about it.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     # A stream that a pause or a kill breaks is broken on purpose, and no fault of the server's.
@@ -104,7 +110,6 @@ def run(
     try:
         with sole_engine(state_dir):
             engine = Engine()
-            bounds = Bounds(disk_mb=disk_mb, cpus=cpus, internet=allow_internet)
             store = Store(keys.load(state_dir, key_file), memory_directory(state_dir)) if encryption else Store()
             listeners = [Listener(socket=_listen(state_dir, uds, host, port))]
             if host is not None:
@@ -116,9 +121,17 @@ def run(
                 engine.domain = domain or f"sbx@{_reachable(host)}:{listeners[-1].socket.getsockname()[1]}"
             elif domain is not None:
                 engine.domain = domain
-            prepare_engine = partial(
-                _prepare, state_dir, engine, store, bounds, memory_mb, max_sandboxes, retention_days
+            supervise = partial(
+                Supervisor,
+                store=store,
+                bounds=Bounds(disk_mb=disk_mb, cpus=cpus, internet=allow_internet),
+                max_sandboxes=max_sandboxes,
+                retention_days=retention_days,
+                pool_size=pool_size,
+                max_snapshot_bytes=max_snapshot_mb and max_snapshot_mb << 20,
+                keep_history=keep_history,
             )
+            prepare_engine = partial(_prepare, state_dir, engine, store, memory_mb, supervise)
             asyncio.run(_serve(engine, listeners, prepare_engine, api_key, idle_exit))
     except AlreadyRunningError as error:
         _say(error.message)
@@ -232,13 +245,7 @@ async def _keep_certified(listeners: Sequence[Listener]) -> None:
 
 
 async def _prepare(
-    state: Path,
-    engine: Engine,
-    store: Store,
-    bounds: Bounds,
-    memory_mb: int,
-    max_sandboxes: int | None,
-    retention_days: float,
+    state: Path, engine: Engine, store: Store, memory_mb: int, supervise: Callable[..., Supervisor]
 ) -> Supervisor:
     def on_step(step: str, share: float) -> None:
         if step != engine.preparing:
@@ -249,16 +256,7 @@ async def _prepare(
     template = await prepare(state, templates, on_step, memory_mb=memory_mb)
     engine.preparing = "taking over what an earlier engine left"
     runtime = Runsc(template.runsc, state / "runsc")
-    supervisor = Supervisor(
-        state,
-        templates,
-        template,
-        runtime,
-        store=store,
-        bounds=bounds,
-        max_sandboxes=max_sandboxes,
-        retention_days=retention_days,
-    )
+    supervisor = supervise(state, templates, template, runtime)
     if store.keys is not None and store.keys.changing:
         engine.preparing = "putting snapshots under the newest key"
         moved, lost = await asyncio.to_thread(move_all, state, store)

@@ -14,19 +14,23 @@ from sandbox_tools.engine.bodies import MAX_TIMEOUT, NewSandbox
 from sandbox_tools.engine.bounds import Bounds
 from sandbox_tools.engine.deadlines import Deadlines
 from sandbox_tools.engine.entry import Entry
+from sandbox_tools.engine.history import History
 from sandbox_tools.engine.journal import Journal
 from sandbox_tools.engine.lifecycle import Lifecycle
 from sandbox_tools.engine.metering import Metering
+from sandbox_tools.engine.pool import Pool
+from sandbox_tools.engine.quota import Quota
 from sandbox_tools.engine.records import IdempotencyMark
 from sandbox_tools.engine.retention import DEFAULT_DAYS, Retention
 from sandbox_tools.engine.runtime import Container, Runtime
 from sandbox_tools.engine.sandboxes import Sandboxes
-from sandbox_tools.engine.saved import Saved
+from sandbox_tools.engine.saved import Origin, Saved
 from sandbox_tools.engine.store import Store
 from sandbox_tools.engine.templates import Template
 from sandbox_tools.engine.transitions import Transitions
+from sandbox_tools.engine.writing import Writing
 from sandbox_tools.errors import ConfigError, ConflictError, NotFoundError
-from sandbox_tools.models import DEFAULT_TIMEOUT
+from sandbox_tools.models import DEFAULT_TEMPLATE, DEFAULT_TIMEOUT
 
 log = logging.getLogger(__name__)
 
@@ -52,9 +56,12 @@ class Supervisor:
         runtime: What isolates them.
         now: The wall clock.
         store: Where their images are. None: in files as they are.
-        bounds: What each sandbox may take at most. None: the defaults.
+        bounds: What each sandbox may take at most, and reach. None: the defaults.
         max_sandboxes: How many may run at a time; paused ones don't count. None: no limit.
         retention_days: How long a paused sandbox is kept. 0: until it is killed.
+        pool_size: How many sandboxes are kept ready that nobody has asked for yet.
+        max_snapshot_bytes: What all snapshots together may take of the disk. None: what it has.
+        keep_history: How many of its last pauses are kept of a sandbox that says nothing about it.
     """
 
     def __init__(
@@ -69,32 +76,53 @@ class Supervisor:
         bounds: Bounds | None = None,
         max_sandboxes: int | None = None,
         retention_days: float = DEFAULT_DAYS,
+        pool_size: int = 0,
+        max_snapshot_bytes: int | None = None,
+        keep_history: int = 0,
     ) -> None:
         self.now = now
         self.sandboxes = Sandboxes(most=max_sandboxes)
         self.store = store or Store()
         self._bounds = bounds or Bounds()
-        self.lifecycle = Lifecycle(
-            state, template_directory, runtime, self.store, bounds=self._bounds, now=now, on_end=self._on_end
-        )
         self.saved = Saved(state / "saved")
+        self.quota = Quota(self.sandboxes.paused, self.saved, most=max_snapshot_bytes)
+        self.lifecycle = Lifecycle(
+            state,
+            template_directory,
+            runtime,
+            self.store,
+            Writing(runtime, self.store, self.quota),
+            history=History(self.saved),
+            bounds=self._bounds,
+            now=now,
+            on_end=self._on_end,
+        )
         self.journal = Journal(self.lifecycle.sandboxes, now=now)
         self.metering = Metering(self.sandboxes.running, self.lifecycle.container, runtime, now=now)
         self._deadlines = Deadlines(self.sandboxes.running, now=now, on_end=self._on_deadline)
         self.retention = Retention(self.sandboxes.paused, days=retention_days, now=now, on_over=self._on_over)
+        origin = Origin(
+            name=DEFAULT_TEMPLATE,
+            template=template.id,
+            runsc=template.runsc.name,
+            memory_mb=template.memory_mb,
+            image=template.image,
+        )
+        self.pool = Pool(self.lifecycle, origin, size=pool_size, now=now)
         self.transitions = Transitions(
             self.sandboxes,
             self.lifecycle,
             self.saved,
             self.journal,
             self.metering,
-            template,
+            self.pool,
             on_deadline_moved=self._deadlines.changed,
             now=now,
             retention=self.retention,
         )
         self._runtime = runtime
         self._template = template
+        self._keep_history = keep_history
         self._keys = idempotency.Keys(now=now)
         self._under_way: set[asyncio.Task[Any]] = set()
 
@@ -119,6 +147,8 @@ class Supervisor:
             msg = "`autoPauseMemory` is false: that needs `autoPause`, and excludes `autoResume`."
             raise ConfigError(msg, op="create")
 
+        if request.keep_history is None:
+            request = request.model_copy(update={"keep_history": self._keep_history})
         if key is None:
             return await self.carry_out(self.transitions.create(request, timeout, None))
 
@@ -276,16 +306,19 @@ class Supervisor:
         await asyncio.gather(*(self._take_over(entry) for entry in self.sandboxes.all()))
         await recovery.sweep(self.lifecycle, self.sandboxes.all(), self._template.runsc)
         await asyncio.to_thread(self.saved.start)
+        await self.lifecycle.history.start({entry.record.id for entry in self.sandboxes.all()})
         self._keys.start(entry.record for entry in self.sandboxes.all())
         self._deadlines.start()
         self.retention.start()
         self.metering.start()
+        self.pool.start()
 
     async def stop(self) -> None:
         """Pause everything that runs, so that neither memory nor state is left behind; what can't be paused runs on."""
         self._deadlines.stop()
         self.retention.stop()
         self.metering.stop()
+        await self.pool.stop()
         while self._under_way:
             await asyncio.wait(self._under_way)
         running = self.sandboxes.running()

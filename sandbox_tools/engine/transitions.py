@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -13,12 +14,12 @@ from sandbox_tools.engine.entry import Entry
 from sandbox_tools.engine.journal import Journal
 from sandbox_tools.engine.lifecycle import Lifecycle
 from sandbox_tools.engine.metering import Metering
+from sandbox_tools.engine.pool import Pool
 from sandbox_tools.engine.records import TRAFFIC_SECONDS, IdempotencyMark, Record, new_record
 from sandbox_tools.engine.retention import Retention
 from sandbox_tools.engine.runtime import Container
 from sandbox_tools.engine.sandboxes import Sandboxes
 from sandbox_tools.engine.saved import Origin, Saved, normalised
-from sandbox_tools.engine.templates import Template
 from sandbox_tools.errors import ConfigError, ConflictError, EngineError, NotFoundError
 from sandbox_tools.models import DEFAULT_TEMPLATE
 
@@ -34,7 +35,7 @@ class Transitions:
 
     Args:
         sandboxes: Where a new one is entered, and one that ends is taken from.
-        template: What new sandboxes are made from.
+        pool: What is kept ready of the template that sandboxes are made from where nothing else is said.
         on_deadline_moved: Told whenever a sandbox begins to run or its end moves.
         now: The wall clock.
         retention: How long what is paused is kept.
@@ -47,7 +48,7 @@ class Transitions:
         saved: Saved,
         journal: Journal,
         metering: Metering,
-        template: Template,
+        pool: Pool,
         *,
         on_deadline_moved: Callable[[], None],
         now: Callable[[], datetime],
@@ -58,7 +59,7 @@ class Transitions:
         self._saved = saved
         self._journal = journal
         self._metering = metering
-        self._template = template
+        self._pool = pool
         self._on_deadline_moved = on_deadline_moved
         self._now = now
         self._retention = retention
@@ -78,12 +79,25 @@ class Transitions:
             yield
 
     async def begin(self, record: Record, origin: Origin, env: Mapping[str, str] | None) -> Entry:
-        """Bring up a new sandbox. Raises as `create` does."""
-        entry = Entry(record, "resuming")
-        with self._sandboxes.beginning(entry):
-            await self._lifecycle.create(entry, origin, env)
-        self._journal.note(record.id, f"created from {origin.name}", template=origin.name)
+        """Bring up a new sandbox, under another id where one was kept ready. Raises as `create` does."""
+        with self._sandboxes.beginning():
+            entry = await self._from_pool(record, origin, env)
+            if entry is None:
+                entry = Entry(record, "resuming")
+                await self._lifecycle.create(entry, origin, env)
+            self._sandboxes.enter(entry)
+        self._journal.note(entry.record.id, f"created from {origin.name}", template=origin.name)
         self._on_deadline_moved()
+        return entry
+
+    async def _from_pool(self, record: Record, origin: Origin, env: Mapping[str, str] | None) -> Entry | None:
+        entry = await self._pool.take(origin, record)
+        if entry is not None:
+            try:
+                await self._lifecycle.create(entry, origin, env)
+            except EngineError as error:
+                log.warning("A sandbox that was kept ready was of no use, and another is made: %s", error)
+                return None
         return entry
 
     async def change(self, entry: Entry, changes: Mapping[str, Any]) -> None:
@@ -96,14 +110,7 @@ class Transitions:
         reference = normalised(request.template_id, "create")
         name, _, tag = reference.partition(":")
         if name in TEMPLATE_NAMES and tag in _TEMPLATE_TAGS:
-            template = self._template
-            origin = Origin(
-                name=name,
-                template=template.id,
-                runsc=template.runsc.name,
-                memory_mb=template.memory_mb,
-                image=template.image,
-            )
+            origin = replace(self._pool.origin, name=name)
             record = new_record(origin, now=self._now(), timeout=timeout, request=request, mark=mark)
             return await self.begin(record, origin, request.env_vars)
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from sandbox_tools.engine import groups
 from sandbox_tools.engine.runtime import Container, Usage
 
+_MEMORY_FILE = "/memfd:runsc-memory"
+
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -19,14 +21,14 @@ def measure(pid: int, container: Container) -> Usage:
         cpu_seconds=cpu_seconds(pid),
         memory=memory(pid),
         cache=_cache(pid),
-        disk=_written(pid, container.filestore),
+        disk=_blocks(pid, f"{container.filestore}/"),
         disk_free=disk.f_bavail * disk.f_frsize,
     )
 
 
 def memory(pid: int) -> int:
-    """RAM in bytes, each process with its share of what they share (PSS)."""
-    return sum(_proportional_bytes(each) for each in with_descendants(pid))
+    """RAM in bytes: what is a sandbox's own memory, mapped or not, and each process's share of all else (PSS)."""
+    return _blocks(pid, _MEMORY_FILE) + sum(_proportional_bytes(each) for each in with_descendants(pid))
 
 
 def with_descendants(pid: int) -> list[int]:
@@ -40,10 +42,10 @@ def with_descendants(pid: int) -> list[int]:
 
 
 def _proportional_bytes(pid: int) -> int:
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) * 1024
+    with contextlib.suppress(OSError, KeyError, ValueError):
+        fields = dict(line.split(":") for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
+        # gVisor keeps the sandbox's memory in a file, of which only a part is mapped at a time.
+        return sum(int(fields[name].split()[0]) for name in ("Pss_Anon", "Pss_File")) * 1024
     return 0
 
 
@@ -69,10 +71,12 @@ def _cache(pid: int) -> int:
     return 0
 
 
-def _written(pid: int, filestore: Path) -> int:
-    """The file behind the overlay has no name any more: only the process that holds it open leads to it."""
+def _blocks(pid: int, name: str) -> int:
+    """Bytes of open files whose names begin so; what has no name any more is found only by who holds it open."""
+    found = {}
     for fd in Path(f"/proc/{pid}/fd").glob("*"):
         with contextlib.suppress(OSError):
-            if os.readlink(fd).startswith(f"{filestore}/"):
-                return fd.stat().st_blocks * 512
-    return 0
+            if os.readlink(fd).startswith(name):
+                held = fd.stat()
+                found[held.st_dev, held.st_ino] = held.st_blocks * 512
+    return sum(found.values())

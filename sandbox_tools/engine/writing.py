@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sandbox_tools.engine import snapshots, templates
+from sandbox_tools.engine.quota import Quota
 from sandbox_tools.engine.runtime import Container, Runtime
 from sandbox_tools.engine.store import Draft, Store
 
@@ -26,11 +27,13 @@ class Writing:
 
     Args:
         store: Where they go.
+        quota: What they may take.
     """
 
-    def __init__(self, runtime: Runtime, store: Store) -> None:
+    def __init__(self, runtime: Runtime, store: Store, quota: Quota) -> None:
         self._runtime = runtime
         self._store = store
+        self._quota = quota
         self._turns = asyncio.Semaphore(_AT_A_TIME)
         self._given_up: set[asyncio.Future[None]] = set()
 
@@ -46,25 +49,26 @@ class Writing:
 
         Raises:
             WantedError: It was given up; there will be nothing at `final`.
-            EngineError: The runtime refuses or fails, or there is no memory for it.
+            EngineError: The runtime refuses or fails, or there is no room for it.
             OSError: The disk is full or failing.
         """
         await self._turn(wanted)
         try:
             usage = await asyncio.to_thread(self._runtime.usage, container)
             need = usage.memory + usage.disk if usage else 0
-            draft = await asyncio.to_thread(self._store.begin, final, need)
-            try:
-                if wanted.is_set():
-                    raise WantedError
-                await self._runtime.checkpoint(container, draft.path)
-                sealed = await self._seal(draft, description, wanted)
-            except BaseException:
-                await asyncio.to_thread(self._store.drop, draft)
-                raise
-            finally:
-                await self._runtime.bound(container)
-            return await self._commit(draft, sealed, container.binary.name, wanted)
+            async with self._quota.room(need):
+                draft = await asyncio.to_thread(self._store.begin, final, need)
+                try:
+                    if wanted.is_set():
+                        raise WantedError
+                    await self._runtime.checkpoint(container, draft.path)
+                    sealed = await self._seal(draft, description, wanted)
+                except BaseException:
+                    await asyncio.to_thread(self._store.drop, draft)
+                    raise
+                finally:
+                    await self._runtime.bound(container)
+                return await self._commit(draft, sealed, container.binary.name, wanted)
         finally:
             self._turns.release()
 

@@ -92,6 +92,11 @@ class Context:
             await self._kernel.warm_up()
             await self._kernel.limit_memory(self._launch.memory_limit)
 
+    async def touch(self) -> None:
+        """Touches the memory that the next execution needs. Raises as `open` does."""
+        async with self._occupied():
+            await self._kernel.touch()
+
     def describe(self) -> dict[str, str]:
         """The context as the wire shows it."""
         return {"id": self.id, "language": self._language.name, "cwd": str(self.cwd)}

@@ -89,6 +89,15 @@ def warm_up() -> None:
     plt.close(figure)
 
 
+def touch() -> None:
+    """Does what most code does, in little, and shows and prints something."""
+    import pandas
+    from IPython.display import display
+
+    display(pandas.DataFrame({"a": [1, 2]}).a.sum())
+    sys.stdout.write("\n")
+
+
 def update_env(changed: Mapping[str, str], gone: Iterable[str]) -> None:
     """Sets and removes variables for good."""
     os.environ.update(changed)

@@ -162,6 +162,7 @@ class Kernel:
         code: str,
         *,
         silent: bool = False,
+        kept: bool = True,
         fence: bool = False,
         deliver: Deliver | None = None,
     ) -> dict[str, Any]:
@@ -171,6 +172,7 @@ class Kernel:
 
         Args:
             silent: Leave no trace in the counter and the history, and deliver only what others print.
+            kept: Count it, and keep it in the history.
             fence: The code sends a `FENCE`, which is to be waited for.
 
         Raises:
@@ -182,7 +184,7 @@ class Kernel:
             {
                 "code": code,
                 "silent": silent,
-                "store_history": not silent,
+                "store_history": kept and not silent,
                 "user_expressions": {},
                 "allow_stdin": False,
                 "stop_on_error": False,
@@ -269,6 +271,13 @@ class Kernel:
     async def warm_up(self) -> None:
         """Imports what most Python code imports."""
         await self._arrange("__import__('_sandbox').warm_up()")
+
+    async def touch(self) -> None:
+        """Touches the memory that an execution needs, its output included; leaves no trace."""
+
+        async def drop(_: Message) -> None: ...
+
+        await self.request("__import__('_sandbox').touch()", kept=False, deliver=drop)
 
     async def _become_ready(self) -> None:
         for _ in range(START_TICKS):

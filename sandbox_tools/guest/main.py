@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from sandbox_tools.guest import envd, interpreter, reboot
+from sandbox_tools.guest import envd, interpreter, reboot, warm
 from sandbox_tools.guest.accounts import account as account_of
 from sandbox_tools.guest.contexts import Contexts
 from sandbox_tools.guest.kernels import Launch
@@ -102,7 +102,8 @@ async def _serve(arguments: argparse.Namespace, tunnel: tuple[int, int] | None) 
         contexts = Contexts(launch, settings)
         app = interpreter.create_app(contexts)
         processes = Processes()
-        daemon = envd.create_app(settings, processes, reboot.routes(contexts) if tunnel else ())
+        internal = (*reboot.routes(contexts), *warm.routes(contexts)) if tunnel else ()
+        daemon = envd.create_app(settings, processes, internal)
         listening = [_listen(arguments.envd_port), _listen(arguments.interpreter_port)]
         ports = [each.getsockname()[1] for each in listening]
         server = Server(

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.conftest import own_state
+from tests.conftest import as_root, own_state
 from tests.machine import Box, EngineProcess
-
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: mounts a file system or bounds memory by cgroup")
 
 
 @pytest.fixture

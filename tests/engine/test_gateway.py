@@ -298,7 +298,7 @@ def test_a_user_name_that_is_an_address_does_not_reach_the_server_inside(box: Bo
 def test_how_the_engine_speaks_with_its_guest_is_not_to_be_reached(box: Box) -> None:
     headers = to(box, 49983) | {"X-Access-Token": box.token}
     with box.engine.http() as http:
-        for path in ("/init", "/init/", "/%69nit", "/init%0A", "/reboot"):
+        for path in ("/init", "/init/", "/%69nit", "/init%0A", "/reboot", "/warm"):
             assert http.post(path, json={"accessToken": "mine"}, headers=headers).status_code == 404
         assert http.get("/envs", headers=headers).status_code == 200
 
