@@ -171,6 +171,14 @@ def test_after_a_crash_the_next_engine_lets_out_only_where_it_is_told_to(templat
         box.kill()
 
 
+def test_one_that_was_kept_ready_reaches_what_its_creator_asked_for(templates: Path) -> None:
+    with engine_with_internet("--allow-internet", "--pool", "2") as (engine, _):
+        for asked, status in ((True, " 200"), (False, " 000")):
+            box = engine.create(allow_internet_access=asked)
+            assert get(box, "http://site.test/", "" if asked else f"-x {PROXY}").endswith(status)
+            box.kill()
+
+
 def test_without_the_flag_nothing_is_let_out_whatever_is_asked_for(engine: EngineProcess) -> None:
     for asked in ({}, {"allow_internet_access": True}, {"allowInternetAccess": True}):
         box = engine.create(**asked)
