@@ -11,8 +11,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import logging
 import resource
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from sandbox_tools.engine.bodies import NewSandbox
     from sandbox_tools.engine.entry import Entry
     from sandbox_tools.engine.records import Record
+
+log = logging.getLogger(__name__)
 
 DEFAULT_DISK_MB = 10240
 
@@ -112,11 +114,15 @@ def limit_files(pid: int, limit: int | None) -> None:
     gVisor passes the refusal on as it came, as an error of the write, and lives on; the signal that a process gets with
     it (setrlimit(2)) is one that its runtime, Go's, takes no notice of.
     """
-    with contextlib.suppress(ProcessLookupError):
+    try:
         # The hard limit stays where it is, or an ordinary user's engine could not lift the soft one for a checkpoint.
         hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)[1]
         soft = hard if limit is None else limit if hard == resource.RLIM_INFINITY else min(limit, hard)
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (soft, hard))
+    except ProcessLookupError:
+        pass  # gone
+    except PermissionError:
+        log.warning("What process %d writes could not be limited: this user has no power over it", pid)
 
 
 def process_limits(memory_mb: int) -> list[dict[str, Any]]:
