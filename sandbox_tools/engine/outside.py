@@ -18,6 +18,7 @@ import os
 import re
 import socket
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http import HTTPStatus
 from ipaddress import IPv6Address
@@ -32,6 +33,12 @@ MOST = 128
 """Connections of one sandbox at a time: each may have a window of bytes waiting in the engine's memory."""
 
 HEAD_BYTES = 64 << 10
+
+_LOOKUPS = 4
+"""Names of one sandbox that are looked up at a time."""
+
+# Of their own: a name may take half a minute not to be found, and the engine's threads have snapshots to write.
+_threads = ThreadPoolExecutor(32, thread_name_prefix="lookup")
 
 _SECONDS = 30.0
 """For each of: a request to come, a name to be found, a server to answer."""
@@ -123,6 +130,7 @@ class WayOut:
         self._rules = rules
         self._tasks: set[asyncio.Task[None]] = set()
         self._open = 0
+        self._lookups = asyncio.Semaphore(_LOOKUPS)
 
     def __call__(self, stream: Stream) -> None:
         """Serve a stream that the guest has opened."""
@@ -174,7 +182,7 @@ class WayOut:
     async def _connect(self, request: Request, rules: Rules, protocol: _Outside) -> asyncio.Transport:
         loop = asyncio.get_running_loop()
         why = "it can't be reached"
-        for address in await _addresses(request, rules):
+        for address in await _addresses(request, rules, self._lookups):
             try:
                 async with asyncio.timeout(_SECONDS):
                     transport, _ = await loop.create_connection(lambda: protocol, str(address), request.port)
@@ -197,17 +205,21 @@ class _Outside(Relay):
         super().connection_lost(exc)
 
 
-async def _addresses(request: Request, rules: Rules) -> list[Address]:
+def _look_up(request: Request) -> list[str]:
+    found = socket.getaddrinfo(request.host, request.port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
+    return [str(each[4][0]) for each in found]
+
+
+async def _addresses(request: Request, rules: Rules, lookups: asyncio.Semaphore) -> list[Address]:
     """Where a request may go, all judged after the name was looked up."""
     try:
         async with asyncio.timeout(_SECONDS):
-            found = await asyncio.get_running_loop().getaddrinfo(
-                request.host, request.port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
-            )
+            async with lookups:
+                found = await asyncio.get_running_loop().run_in_executor(_threads, _look_up, request)
     except (OSError, TimeoutError, UnicodeError):
         raise RefusedError(HTTPStatus.BAD_GATEWAY, f"{request.host} is a name without an address.") from None
 
-    addresses = [address for each in found if (address := parsed(str(each[4][0]))) is not None]
+    addresses = [address for each in found if (address := parsed(each)) is not None]
     public = [address for address in addresses if may_reach(address, own=is_own)]
     if not public:
         words = f"{request.host} is not on the internet: private, local and metadata addresses are closed."
