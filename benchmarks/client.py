@@ -208,7 +208,7 @@ def show(turns: Turns, starts: Starts, streams: Samples, console: Console) -> No
 
 
 def main() -> None:
-    arguments = options(__doc__, rounds=40)
+    arguments = options(__doc__, rounds=40).parse_args()
     console = Console(file=sys.stdout)
     if not console.is_terminal:
         console.width = 110

@@ -230,7 +230,7 @@ def show(results: dict[str, dict[str, Samples]], cpu: Samples, console: Console)
 
 
 def main() -> None:
-    arguments = options(__doc__, rounds=5)
+    arguments = options(__doc__, rounds=5).parse_args()
     console = Console(file=sys.stdout)
     results, cpu = asyncio.run(measure(arguments.rounds, console))
     show(results, cpu, console)

@@ -32,9 +32,9 @@ def machine() -> str:
     return f"{os.cpu_count()} cores, Linux {platform.release()}, {who}"
 
 
-def options(description: str | None, *, rounds: int) -> argparse.Namespace:
+def options(description: str | None, *, rounds: int) -> argparse.ArgumentParser:
     """`--rounds` and `--json`."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--rounds", type=int, default=rounds, help=f"rounds (default: {rounds})")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the raw samples, in seconds, here")
-    return parser.parse_args()
+    return parser

@@ -83,7 +83,7 @@ def show(samples: Samples, console: Console) -> None:
 
 
 def main() -> None:
-    arguments = options(__doc__, rounds=5)
+    arguments = options(__doc__, rounds=5).parse_args()
     console = Console(file=sys.stdout)
     samples = asyncio.run(measure(arguments.rounds, console))
     show(samples, console)

@@ -286,7 +286,7 @@ def show(results: dict[str, Samples], console: Console) -> None:
 
 
 def main() -> None:
-    arguments = options(__doc__, rounds=5)
+    arguments = options(__doc__, rounds=5).parse_args()
     console = Console(file=sys.stdout)
     results = measure(arguments.rounds, console)
     show(results, console)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from sandbox_tools.engine.names import leave_user
 from sandbox_tools.engine.templates import prepare
 from sandbox_tools.paths import state_directory, templates_directory
 from tests.machine import EngineProcess
@@ -48,6 +49,7 @@ def own_state() -> Iterator[Path]:
         yield directory
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+        leave_user(templates_directory(state_directory()), directory)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 from click.shell_completion import get_completion_class
 
-from sandbox_tools.cli import inside, machine, reports, sandboxes, snapshots
+from sandbox_tools.cli import inside, machine, reports, sandboxes, snapshots, templates
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -27,7 +27,7 @@ for command in (
     *(machine.serve, machine.mcp, machine.setup, machine.doctor, machine.key),
     *(sandboxes.ps, sandboxes.pause, sandboxes.resume, sandboxes.rm, sandboxes.logs, sandboxes.prune),
     *(inside.run, inside.shell, inside.cp),
-    *(snapshots.snapshot, snapshots.fork, snapshots.template),
+    *(snapshots.snapshot, snapshots.fork, templates.template),
     reports.savings,
 ):
     app.add_command(command)

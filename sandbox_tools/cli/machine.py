@@ -158,7 +158,7 @@ def setup(state_dir: Path, as_json: bool) -> None:
     templates_dir = templates_directory(state_dir)
     check_machine()
     make_directory(state_dir)
-    with _stages(quiet=as_json) as stage:
+    with stages(quiet=as_json) as stage:
         stage("runsc")("Looking for runsc", 0.0)
         runsc = install_runsc(state_dir)
         root = build_root(templates_dir, stage("root file system"))
@@ -222,14 +222,22 @@ Stage = Callable[[str], Callable[[str, float], None]]
 
 
 @contextmanager
-def _stages(*, quiet: bool) -> Iterator[Stage]:
+def stages(*, quiet: bool) -> Iterator[Stage]:
     """Bars on a terminal, a line a step elsewhere, nothing where `quiet`."""
     if quiet:
         yield lambda _: lambda words, share: None
         return
 
     if not sys.stderr.isatty():
-        yield lambda name: lambda words, share: click.echo(f"{name}: {words}", err=True)
+        said = ""
+
+        def tell(line: str) -> None:
+            nonlocal said
+            if line != said:
+                click.echo(line, err=True)
+            said = line
+
+        yield lambda name: lambda words, share: tell(f"{name}: {words}")
         return
 
     from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn

@@ -1,4 +1,4 @@
-"""Commands on what sandboxes are made from: snapshots, forks, templates."""
+"""Commands on copies of sandboxes: snapshots and forks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import click
 
 from sandbox_tools.cli.common import as_json, named, on_sandboxes, progress, say, show
-from sandbox_tools.cli.machine import setup
 from sandbox_tools.errors import SandboxError
 
 if TYPE_CHECKING:
@@ -87,11 +86,3 @@ async def fork(client: Client, sandbox: str, count: int, timeout: int, as_json: 
         for error in failed:
             say(f"sandbox-tools: {error.message}")
     return 1 if failed else None
-
-
-@click.group()
-def template() -> None:
-    """What new sandboxes on this machine are made from."""
-
-
-template.add_command(setup, "build")

@@ -11,6 +11,11 @@ from sandbox_tools.engine.bounds import process_limits
 GUEST_PACKAGES = "/opt/sandbox-tools"
 """Where the guest's own code is mounted inside, read-only."""
 
+PYTHON = "/usr/bin/python3"
+"""Where the standard root file system has its Python."""
+
+_CPU_PERIOD = 100_000  # microseconds, as everywhere
+
 _CAPABILITIES = [
     "CAP_AUDIT_WRITE",
     "CAP_CHOWN",
@@ -29,7 +34,7 @@ _CAPABILITIES = [
 _GUEST = [
     "/usr/bin/tini",
     "--",
-    "/usr/bin/python3",
+    PYTHON,
     "-m",
     "sandbox_tools.guest.main",
     "--tunnel",
@@ -38,7 +43,9 @@ _GUEST = [
 ]
 
 
-def bundle_config(*, root: Path, guest: Path, memory_mb: int, cgroup: str | None) -> dict[str, Any]:
+def bundle_config(
+    *, root: Path, guest: Path, memory_mb: int, cgroup: str | None, cpu: float | None = None, python: str = PYTHON
+) -> dict[str, Any]:
     """The `config.json` of a sandbox.
 
     Nothing of the host is in it but the template's own root, shared by all and written by none (writes go to the
@@ -49,6 +56,8 @@ def bundle_config(*, root: Path, guest: Path, memory_mb: int, cgroup: str | None
         guest: A directory that holds `sandbox_tools/guest`.
         memory_mb: Shown inside as the machine's memory, and enforced where `cgroup` is given.
         cgroup: The control group to make for it. None where the user may not make one.
+        cpu: Cores' worth of CPU time that it gets at most, where `cgroup` is given. None: all there are.
+        python: What runs the guest, by its path inside.
     """
     linux: dict[str, Any] = {
         "namespaces": [{"type": kind} for kind in ("pid", "ipc", "uts", "mount", "network")],
@@ -56,6 +65,8 @@ def bundle_config(*, root: Path, guest: Path, memory_mb: int, cgroup: str | None
     }
     if cgroup is not None:
         linux["cgroupsPath"] = cgroup
+        if cpu is not None:
+            linux["resources"]["cpu"] = {"quota": max(1000, round(cpu * _CPU_PERIOD)), "period": _CPU_PERIOD}
 
     return {
         "ociVersion": "1.0.2",
@@ -64,7 +75,7 @@ def bundle_config(*, root: Path, guest: Path, memory_mb: int, cgroup: str | None
         "process": {
             "terminal": False,
             "user": {"uid": 0, "gid": 0},
-            "args": _GUEST,
+            "args": [python if word == PYTHON else word for word in _GUEST],
             "cwd": "/",
             "env": [
                 "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",

@@ -11,7 +11,6 @@ from sandbox_tools.engine.entry import Entry
 from sandbox_tools.engine.records import copied, new_id
 from sandbox_tools.engine.saved import Origin, Snapshot, normalised
 from sandbox_tools.engine.supervisor import Supervisor, checked
-from sandbox_tools.engine.transitions import TEMPLATE_NAMES
 from sandbox_tools.errors import ConfigError, SandboxError
 
 # A restore fills a core: more at a time would only make each of them later.
@@ -32,7 +31,7 @@ async def snapshot(supervisor: Supervisor, sandbox_id: str, *, name: str | None,
         EngineError: It could not be written; nothing of it is left.
     """
     full = None if name is None else normalised(name, "snapshot")
-    if full is not None and full.partition(":")[0] in TEMPLATE_NAMES:
+    if full is not None and full.partition(":")[0] in supervisor.transitions.names.every():
         msg = f"{name!r} is the name of a template. Choose another."
         raise ConfigError(msg, op="snapshot")
 
@@ -90,6 +89,7 @@ async def _snapshot(supervisor: Supervisor, entry: Entry, name: str | None, memo
             runsc=record.runsc,
             memory_mb=record.memory_mb,
             memory=memory,
+            cpu=record.cpu,
             created_at=supervisor.now(),
         )
         final = supervisor.saved.path(taken.id)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import datetime
 from typing import Literal
 
+from sandbox_tools.engine.listing import micros
 from sandbox_tools.engine.records import Record
 from sandbox_tools.engine.tunnel import Tunnel
 
@@ -27,7 +29,16 @@ class Entry:
         # Set while somebody waits to have it running.
         self.wanted = asyncio.Event()
         self._wanting = 0
+        self._starts: tuple[datetime, tuple[int, ...]] | None = None
         self.watch: asyncio.Task[None] | None = None
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """When its runs began, newest first, as a listing goes by them."""
+        latest = self.record.started_at
+        if self._starts is None or self._starts[0] is not latest:
+            self._starts = latest, tuple(micros(start) for start in (latest, *self.record.earlier_starts))
+        return self._starts[1]
 
     @property
     def awake(self) -> bool:

@@ -40,6 +40,7 @@ class History:
                 template=paused.template,
                 runsc=paused.runsc,
                 memory_mb=paused.memory_mb,
+                cpu=paused.cpu,
                 memory=paused.pause_memory,
                 created_at=paused.end_at,
                 size=paused.snapshot_bytes,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import binascii
+import heapq
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Generic, Literal, TypeVar
+from typing import Generic, Literal, NamedTuple, TypeVar
 from urllib.parse import unquote_plus
 
 from sandbox_tools.errors import ConfigError
@@ -20,12 +22,11 @@ T = TypeVar("T")
 _TOKEN = re.compile(r"(\d{1,20})\.([a-z0-9]{1,64})\.(asc|desc)\.(\d{1,20})")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row(Generic[T]):
-    """One thing to list.
+class Row(NamedTuple, Generic[T]):
+    """One thing to list; any such tuple will do, as there may be thousands for a page of a hundred.
 
     Attributes:
-        id: Its name; lower-case letters and digits.
+        id: Its name, unlike all others; lower-case letters and digits.
         starts: When it was started, made or resumed, in microseconds since the epoch, newest first. A page is cut by
             the last start before the listing began, so that what is resumed between two pages keeps its place.
         item: What the caller gets.
@@ -37,7 +38,12 @@ class Row(Generic[T]):
 
 
 def page(
-    rows: Iterable[Row[T]], *, limit: int | None, order: Order | None, token: str | None, now: datetime
+    rows: Iterable[tuple[str, tuple[int, ...], T]],
+    *,
+    limit: int | None,
+    order: Order | None,
+    token: str | None,
+    now: datetime,
 ) -> tuple[list[T], str | None]:
     """One page, by start and then by id, and the token of the next; None on the last.
 
@@ -45,6 +51,7 @@ def page(
     went is missing from it, and everything else is in it once.
 
     Args:
+        rows: As `Row` has them.
         limit: Rows at most. None: all.
         order: Of the starts; ids are in ascending order in both. None: the token's, else newest first.
         token: Of an earlier page. None: the first page.
@@ -56,14 +63,20 @@ def page(
     order = cursor.order if cursor else order or "desc"
     moment = cursor.moment if cursor else micros(now)
     sign = 1 if order == "asc" else -1
+    after = (sign * cursor.start, cursor.id) if cursor else (-math.inf, "")
     listed = []
-    for row in rows:
-        start = next((start for start in row.starts if start <= moment), None)
-        if start is not None and (cursor is None or (sign * start, row.id) > (sign * cursor.start, cursor.id)):
-            listed.append((sign * start, row.id, row.item))
+    for row_id, starts, item in rows:
+        start = starts[0]
+        if start > moment:
+            earlier = [each for each in starts if each <= moment]
+            if not earlier:
+                continue
+            start = earlier[0]
+        if (sign * start, row_id) > after:
+            listed.append((sign * start, row_id, item))
 
-    listed.sort(key=lambda each: each[:2])
-    given = listed if limit is None else listed[:limit]
+    # As no two have one id, what is listed is never compared.
+    given = sorted(listed) if limit is None else heapq.nsmallest(limit, listed)
     items = [item for _, _, item in given]
     if len(given) == len(listed):
         return items, None

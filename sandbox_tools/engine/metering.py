@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -103,7 +102,7 @@ class Metering:
         self._samples.setdefault(sandbox_id, deque(maxlen=KEPT)).append(
             Sample(
                 at=now,
-                cpu_count=os.cpu_count() or 1,
+                cpu_count=entry.record.cpu_count,
                 cpu_used_pct=round(max(worked, 0.0) / seconds * 100, 2) if seconds > 0 else 0.0,
                 memory_used=usage.memory,
                 memory_total=entry.record.memory_mb << 20,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import string
@@ -67,6 +68,8 @@ class Record(BaseModel):
     secure: bool = True
     token: str
     memory_mb: int
+    cpu: float | None = None
+    """Cores' worth of CPU time that its template gives it. None: all there are."""
     metadata: dict[str, str] = {}
     timeout: int = DEFAULT_TIMEOUT
     """Seconds asked for at its creation. Traffic that wakes it gives it as many, and `TRAFFIC_SECONDS` at least."""
@@ -91,6 +94,12 @@ class Record(BaseModel):
     def wakes(self) -> bool:
         """Whether traffic wakes it; not where that would be a reboot, as its memory was dropped."""
         return self.auto_resume and (self.state == "running" or self.pause_memory)
+
+    @property
+    def cpu_count(self) -> int:
+        """The cores that it can keep busy, as whole ones."""
+        cores = os.cpu_count() or 1
+        return cores if self.cpu is None else min(cores, math.ceil(self.cpu))
 
     def turned(self, now: datetime, **changes: Any) -> Record:
         """The record of a sandbox that begins to run, to stand still or to sleep."""
@@ -152,7 +161,7 @@ class Record(BaseModel):
             started_at=self.started_at,
             end_at=self.end_at,
             metadata=self.metadata,
-            cpu_count=os.cpu_count() or 1,
+            cpu_count=self.cpu_count,
             memory_mb=self.memory_mb,
             envd_version=ENVD_VERSION,
             lifecycle=Lifecycle(auto_resume=self.auto_resume, on_timeout="pause" if self.auto_pause else "kill"),
@@ -200,6 +209,7 @@ def new_record(
         secure=request.secure,
         token=new_token(),
         memory_mb=origin.memory_mb,
+        cpu=origin.cpu,
         metadata=request.metadata,
         timeout=timeout,
         auto_pause_memory=request.auto_pause_memory,

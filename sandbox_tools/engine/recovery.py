@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import shutil
 from collections.abc import Collection
 from pathlib import Path
@@ -26,6 +27,18 @@ def find(lifecycle: Lifecycle) -> dict[str, Entry]:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     records = [record for each in lifecycle.sandboxes.iterdir() if (record := Record.load(each)) is not None]
     return {record.id: Entry(record, record.state) for record in records}
+
+
+def unsettled(lifecycle: Lifecycle, entries: Collection[Entry]) -> list[Entry]:
+    """Those that run, and those that sleep and have something left of their last run: an engine keeps thousands that
+    have nothing, and starts quickly all the same."""
+    known = set(lifecycle.runtime.known())
+
+    def left(entry: Entry) -> bool:
+        container = lifecycle.container(entry)
+        return entry.phase != "paused" or container.id in known or container.directory.exists()
+
+    return [entry for entry in entries if left(entry)]
 
 
 async def take_over(lifecycle: Lifecycle, entry: Entry) -> bool:
@@ -52,23 +65,29 @@ async def sweep(lifecycle: Lifecycle, entries: Collection[Entry], binary: Path) 
     Args:
         binary: The `runsc` to end with what nobody knows.
     """
-    known = {entry.record.id for entry in entries}
     running = {lifecycle.container(entry).id for entry in entries if entry.phase == "running"}
     for container_id in lifecycle.runtime.known():
         if container_id not in running:
             sandbox_id, _, run = container_id.rpartition("-")
             directory = lifecycle.sandboxes / sandbox_id / f"run-{run}"
             await lifecycle.runtime.kill(Container(id=container_id, directory=directory, binary=binary))
+    await asyncio.to_thread(_sweep_files, lifecycle, entries)
+
+
+def _sweep_files(lifecycle: Lifecycle, entries: Collection[Entry]) -> None:
+    known = {entry.record.id for entry in entries}
     for parent in (lifecycle.sandboxes, lifecycle.snapshots):
-        for directory in parent.iterdir():
-            if directory.name not in known:
-                await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+        for name in os.listdir(parent):
+            if name not in known:
+                shutil.rmtree(parent / name, ignore_errors=True)
     for entry in entries:
         # Half-written ones, and whole ones that a crash has kept from becoming the truth, or from being removed after.
         needed = entry.record.snapshot if entry.record.state == "paused" else None
-        for path in (lifecycle.snapshots / entry.record.id).glob("*"):
-            if path.name != needed and entry.record.state == "running" and (path / DESCRIPTION).exists():
+        place = lifecycle.snapshots / entry.record.id
+        for name in os.listdir(place) if place.exists() else ():
+            path = place / name
+            if name != needed and entry.record.state == "running" and (path / DESCRIPTION).exists():
                 # It says that it is to be kept, and its sandbox runs on: only its move is missing.
-                await asyncio.to_thread(lifecycle.history.move, path)
-            elif path.name != needed:
-                await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)
+                lifecycle.history.move(path)
+            elif name != needed:
+                shutil.rmtree(path, ignore_errors=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 
 from sandbox_tools.engine.bodies import (
@@ -26,7 +27,7 @@ from sandbox_tools.engine.operations import Answer, Call, Operation
 from sandbox_tools.engine.saved import Snapshot, normalised
 from sandbox_tools.engine.supervisor import Supervisor
 from sandbox_tools.errors import ConfigError, NotFoundError
-from sandbox_tools.models import LogEntry, LogLine, Logs, SandboxInfo, SnapshotInfo
+from sandbox_tools.models import LogEntry, LogLine, Logs, SandboxInfo, SnapshotInfo, State
 
 _MOST_IDS = 100
 
@@ -48,7 +49,7 @@ async def info(call: Call) -> Answer:
     supervisor = call.supervisor
     entry = supervisor.entry(call.sandbox_id)
     resident = supervisor.lifecycle.resident_bytes(entry) if entry.phase == "running" else 0
-    row = _row(call, entry).item.model_copy(update={"resident_bytes": resident})
+    row = _info(call, entry).model_copy(update={"resident_bytes": resident})
     record = entry.record
     return Answer(
         content=Detail(
@@ -66,29 +67,38 @@ async def list_running(call: Call) -> Answer:
     """The first version: all that run, in one page."""
     query: Filter = call.query
     wanted = parse_metadata(query.metadata)
-    rows = [row for row in _rows(call) if row.item.state == "running" and has(row.item.metadata, wanted)]
-    items, _ = page(rows, limit=None, order=None, token=None, now=call.supervisor.now())
-    return Answer(content=items)
+    found = [
+        each for each in call.supervisor.entries() if _state(each) == "running" and has(each.record.metadata, wanted)
+    ]
+    entries, _ = page(_rows(found), limit=None, order=None, token=None, now=call.supervisor.now())
+    return Answer(content=[_info(call, entry) for entry in entries])
 
 
 async def list_all(call: Call) -> Answer:
     """The second version: filtered, ordered, in pages."""
     query: ListQuery = call.query
-    wanted, states = parse_metadata(query.metadata), query.state.split(",")
-    template = _template_name(query.template)
-    rows = [
-        row
-        for row in _rows(call)
-        if has(row.item.metadata, wanted)
-        and (template is None or row.item.template_id.removesuffix(":default") == template)
-        and (query.started_after is None or row.item.started_at > query.started_after)
-    ]
-    shown = [row for row in rows if row.item.state in states]
-    items, token = page(shown, limit=query.limit, order=query.order, token=query.next_token, now=call.supervisor.now())
+    wanted, template = parse_metadata(query.metadata), _template_name(query.template)
+    found = call.supervisor.entries()
+    # One filter after the other, each only where it is asked for: there may be thousands.
+    if wanted:
+        found = [each for each in found if has(each.record.metadata, wanted)]
+    if template is not None:
+        found = [each for each in found if each.record.template_name.removesuffix(":default") == template]
+    if query.started_after is not None:
+        found = [each for each in found if each.record.started_at > query.started_after]
+    running: list[Entry] = []
+    paused: list[Entry] = []
+    for each in found:
+        (running if _state(each) == "running" else paused).append(each)
+    states = query.state.split(",")
+    found = (running if "running" in states else []) + (paused if "paused" in states else [])
+    entries, token = page(
+        _rows(found), limit=query.limit, order=query.order, token=query.next_token, now=call.supervisor.now()
+    )
     headers = {"X-Next-Token": token} if token else {}
     if "running" in states:
-        headers["X-Total-Running"] = str(sum(row.item.state == "running" for row in rows))
-    return Answer(content=items, headers=headers)
+        headers["X-Total-Running"] = str(len(running))
+    return Answer(content=[_info(call, entry) for entry in entries], headers=headers)
 
 
 def _template_name(reference: str | None) -> str | None:
@@ -101,22 +111,27 @@ def _template_name(reference: str | None) -> str | None:
     return name
 
 
-def _rows(call: Call) -> list[Row[SandboxInfo]]:
-    return [_row(call, entry) for entry in call.supervisor.entries()]
+def _rows(entries: Iterable[Entry]) -> Iterator[tuple[str, tuple[int, ...], Entry]]:
+    return ((entry.record.id, entry.starts, entry) for entry in entries)
 
 
-def _row(call: Call, entry: Entry) -> Row[SandboxInfo]:
-    record = entry.record
+def _state(entry: Entry) -> State:
+    """What is shown: a sandbox on its way to a snapshot is as good as paused."""
+    return "running" if entry.phase == "running" else "paused" if _pausing(entry) else entry.record.state
+
+
+def _pausing(entry: Entry) -> bool:
+    return entry.phase in ("pausing", "shutting down")
+
+
+def _info(call: Call, entry: Entry) -> SandboxInfo:
     disk = os.statvfs(call.supervisor.lifecycle.sandboxes)
-    item = record.info(call.supervisor.now(), pausing=entry.phase in ("pausing", "shutting down")).model_copy(
+    return entry.record.info(call.supervisor.now(), pausing=_pausing(entry)).model_copy(
         # What a sandbox may fill: it shares the disk of its host.
         update={
             "disk_size_mb": disk.f_blocks * disk.f_frsize >> 20,
             "expires_at": call.supervisor.retention.ends_at(entry),
         }
-    )
-    return Row(
-        id=record.id, starts=tuple(micros(start) for start in (record.started_at, *record.earlier_starts)), item=item
     )
 
 

@@ -9,11 +9,9 @@ import platform
 import re
 import shutil
 import stat
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import resources
 from pathlib import Path
 
 from sandbox_tools.engine.apt import (
@@ -26,6 +24,7 @@ from sandbox_tools.engine.apt import (
 )
 from sandbox_tools.engine.install import make_directory
 from sandbox_tools.engine.snapshots import sync
+from sandbox_tools.engine.wheels import fetch_wheels, guest_requirements
 from sandbox_tools.errors import ConfigError, EngineError
 
 OnStep = Callable[[str, float], None]
@@ -63,7 +62,7 @@ CARRIED_OVER = re.compile(r'Acquire::(?:https?|Check|Retries|ForceIPv)[^\n]*";$'
 """The apt settings that decide whether this machine can download at all: proxies, certificates, clocks."""
 
 
-def build_root(templates_dir: Path, on_step: OnStep) -> Path:
+def build_root(templates_dir: Path, on_step: OnStep, packages: Sequence[str] = ()) -> Path:
     """The root file system for this release and these packages, built if it is not there yet.
 
     It takes a minute, and blocks. A second process that asks for the same one waits for the first.
@@ -71,14 +70,31 @@ def build_root(templates_dir: Path, on_step: OnStep) -> Path:
     Args:
         templates_dir: Where templates live; roots are kept in `roots` below it, each under the digest of its recipe.
         on_step: Told how far it is.
+        packages: Debian packages that it has beside the usual ones.
 
     Raises:
         ConfigError: This machine lacks something that is needed; the message says what.
         EngineError: A command failed, such as a download.
     """
-    roots = templates_dir / "roots"
     codename = _codename()
-    finished = roots / _digest(codename)
+    every = (*PACKAGES, *sorted(set(packages) - set(PACKAGES)))
+
+    def make(partial: Path) -> None:
+        _build(partial, codename, every, on_step)
+
+    return make_once(templates_dir, _digest(codename, every), make, on_step)
+
+
+def make_once(templates_dir: Path, name: str, make: Callable[[Path], None], on_step: OnStep) -> Path:
+    """The root file system of that name, made if it is not there yet; raises as `make` does.
+
+    Args:
+        name: A digest of all that decides what is in it.
+        make: Makes it as `root` in the directory that it is given, and may leave there what it likes.
+        on_step: Told how far it is.
+    """
+    roots = templates_dir / "roots"
+    finished = roots / name
     if finished.exists():
         return finished
 
@@ -92,7 +108,9 @@ def build_root(templates_dir: Path, on_step: OnStep) -> Path:
             remove_tree(left)
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=roots))
         try:
-            _build(partial, codename, on_step)
+            make(partial)
+            on_step("Writing to disk", 0.95)
+            run(["sync", "--file-system", partial / "root"])
             (partial / "root").rename(finished)
             sync(roots)
         finally:
@@ -104,7 +122,7 @@ def build_root(templates_dir: Path, on_step: OnStep) -> Path:
 
 def find_root(templates_dir: Path) -> Path | None:
     """The root file system that `build_root` would give without building. None: it would have to build."""
-    root = templates_dir / "roots" / _digest(_codename())
+    root = templates_dir / "roots" / _digest(_codename(), PACKAGES)
     return root if root.exists() else None
 
 
@@ -128,20 +146,15 @@ def _codename() -> str:
         return base_source(debian_sources(Path(scratch))).codename
 
 
-def _digest(codename: str) -> str:
-    recipe = [codename, platform.machine(), *PACKAGES, *UNWANTED, *HOOKS, *_requirements()]
+def _digest(codename: str, packages: Sequence[str]) -> str:
+    recipe = [codename, platform.machine(), *packages, *UNWANTED, *HOOKS, *guest_requirements()]
     return hashlib.sha256("\n".join(recipe).encode()).hexdigest()[:16]
 
 
-def _requirements() -> list[str]:
-    text = resources.files("sandbox_tools.engine").joinpath("guest-requirements.txt").read_text(encoding="utf-8")
-    return [line for line in text.splitlines() if line and not line.startswith("#")]
-
-
-def _build(partial: Path, codename: str, on_step: OnStep) -> None:
+def _build(partial: Path, codename: str, wanted: Sequence[str], on_step: OnStep) -> None:
     root = partial / "root"
     on_step("Installing Debian packages", 0.02)
-    archive = _debian(partial, codename)
+    archive = _debian(partial, codename, wanted)
 
     on_step("Unpacking the root file system", 0.55)
     root.mkdir(mode=0o755)
@@ -157,11 +170,8 @@ def _build(partial: Path, codename: str, on_step: OnStep) -> None:
     inside = Path("/") / packages.relative_to(root)
     run([*enter, "chroot", root, "/usr/bin/python3", "-I", "-m", "compileall", "-q", inside])
 
-    on_step("Writing to disk", 0.95)
-    run(["sync", "--file-system", root])
 
-
-def _debian(partial: Path, codename: str) -> Path:
+def _debian(partial: Path, codename: str, wanted: Sequence[str]) -> Path:
     sources = debian_sources(partial / "lists")
     suites = (codename, f"{codename}-updates", f"{codename}-security")
     lines = [source.line() for source in sources if source.codename in suites]
@@ -182,7 +192,7 @@ def _debian(partial: Path, codename: str) -> Path:
             *command,
             f"--mode={'root' if os.geteuid() == 0 else 'unshare'}",
             "--variant=minbase",
-            f"--include={','.join(PACKAGES)}",
+            f"--include={','.join(wanted)}",
             f"--aptopt={apt_conf}",
             *(f"--dpkgopt=path-exclude={pattern}" for pattern in UNWANTED),
             "--dpkgopt=path-include=/usr/share/doc/*/copyright",
@@ -216,34 +226,9 @@ def _mmdebstrap(partial: Path) -> list[str | Path]:
 
 def _python_packages(root: Path) -> Path:
     python = max((root / "usr/bin").glob("python3.*[0-9]"), key=lambda path: int(path.name.split(".")[1]))
-    glibc = _glibc_minor(root)
-    # Wheels are chosen for the Python and the C library in the root, not for those that run this.
-    machine = platform.machine()
-    tags = [f"manylinux_2_{minor}_{machine}" for minor in range(glibc, 4, -1)]
-    tags += [f"manylinux2014_{machine}", f"manylinux2010_{machine}", f"manylinux1_{machine}"]
     packages = root / "usr/local/lib" / python.name / "dist-packages"
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input"]
-    try:
-        run(
-            [
-                *pip,
-                "--target",
-                packages,
-                "--python-version",
-                python.name.removeprefix("python"),
-                *(f"--platform={tag}" for tag in tags),
-                "--only-binary=:all:",
-                "--no-compile",
-                "--no-deps",
-                *_requirements(),
-            ]
-        )
-    except EngineError as error:
-        if "No module named pip" not in error.stderr:
-            raise
-
-        msg = f"{sys.executable!r} has no pip. Run `{sys.executable} -m ensurepip` and try again."
-        raise ConfigError(msg, op="setup") from error
+    version = python.name.removeprefix("python")
+    fetch_wheels(packages, python=version, glibc=_glibc_minor(root), wanted=["--no-deps", *guest_requirements()])
 
     # Programs are kept; scripts begin with the path of the interpreter that installed them, which is not in the root.
     for file in (packages / "bin").glob("*"):

@@ -31,6 +31,7 @@ class Origin:
         runsc: The pinned `runsc` that wrote the image.
         memory_mb: Memory of the machine in the image.
         memory: Whether processes come along; without, the new sandbox begins as after a reboot.
+        cpu: Cores' worth of CPU time that the template gives. None: all there are.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Origin:
     memory_mb: int
     image: Path
     memory: bool = True
+    cpu: float | None = None
 
 
 class Snapshot(BaseModel):
@@ -53,6 +55,7 @@ class Snapshot(BaseModel):
     runsc: str
     memory_mb: int
     memory: bool
+    cpu: float | None = None
     created_at: datetime
     size: int = 0
     """Bytes on disk; known once it is written."""
@@ -160,6 +163,7 @@ class Saved:
                 memory_mb=snapshot.memory_mb,
                 image=self.path(snapshot.id),
                 memory=snapshot.memory,
+                cpu=snapshot.cpu,
             )
         finally:
             held.users -= 1

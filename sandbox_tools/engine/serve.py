@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import secrets
@@ -196,6 +197,7 @@ async def _serve(
                     stop()
                     await serving
             await supervisor.stop()
+            supervisor.leave_templates()
     finally:
         stop()
         preparing.cancel()
@@ -263,6 +265,9 @@ async def _prepare(
         log.info("Key %s: %d snapshots put under it, %d are under unknown keys", store.keys.newest, moved, len(lost))
     await supervisor.start()
     engine.supervisor = supervisor
+    # Thousands of paused sandboxes stay: to look for garbage among them again and again would hold up everybody.
+    gc.collect()
+    gc.freeze()
     log.info("Ready")
     return supervisor
 

@@ -18,13 +18,14 @@ from sandbox_tools.engine.history import History
 from sandbox_tools.engine.journal import Journal
 from sandbox_tools.engine.lifecycle import Lifecycle
 from sandbox_tools.engine.metering import Metering
+from sandbox_tools.engine.names import Names, leave_user
 from sandbox_tools.engine.pool import Pool
 from sandbox_tools.engine.quota import Quota
 from sandbox_tools.engine.records import IdempotencyMark
 from sandbox_tools.engine.retention import DEFAULT_DAYS, Retention
 from sandbox_tools.engine.runtime import Container, Runtime
 from sandbox_tools.engine.sandboxes import Sandboxes
-from sandbox_tools.engine.saved import Origin, Saved
+from sandbox_tools.engine.saved import Saved
 from sandbox_tools.engine.store import Store
 from sandbox_tools.engine.templates import Template
 from sandbox_tools.engine.transitions import Transitions
@@ -101,14 +102,7 @@ class Supervisor:
         self.metering = Metering(self.sandboxes.running, self.lifecycle.container, runtime, now=now)
         self._deadlines = Deadlines(self.sandboxes.running, now=now, on_end=self._on_deadline)
         self.retention = Retention(self.sandboxes.paused, days=retention_days, now=now, on_over=self._on_over)
-        origin = Origin(
-            name=DEFAULT_TEMPLATE,
-            template=template.id,
-            runsc=template.runsc.name,
-            memory_mb=template.memory_mb,
-            image=template.image,
-        )
-        self.pool = Pool(self.lifecycle, origin, size=pool_size, now=now)
+        self.pool = Pool(self.lifecycle, template.origin(DEFAULT_TEMPLATE), size=pool_size, now=now)
         self.transitions = Transitions(
             self.sandboxes,
             self.lifecycle,
@@ -119,6 +113,7 @@ class Supervisor:
             on_deadline_moved=self._deadlines.changed,
             now=now,
             retention=self.retention,
+            names=Names(template_directory),
         )
         self._runtime = runtime
         self._template = template
@@ -302,8 +297,9 @@ class Supervisor:
         """Take over what an earlier engine left: adopt what runs, keep what is paused, remove what is neither."""
         await self._runtime.settle()
         await asyncio.to_thread(self.store.start)
-        self.sandboxes.start(recovery.find(self.lifecycle))
-        await asyncio.gather(*(self._take_over(entry) for entry in self.sandboxes.all()))
+        self.sandboxes.start(await asyncio.to_thread(recovery.find, self.lifecycle))
+        unsettled = await asyncio.to_thread(recovery.unsettled, self.lifecycle, self.sandboxes.all())
+        await asyncio.gather(*(self._take_over(entry) for entry in unsettled))
         await recovery.sweep(self.lifecycle, self.sandboxes.all(), self._template.runsc)
         await asyncio.to_thread(self.saved.start)
         await self.lifecycle.history.start({entry.record.id for entry in self.sandboxes.all()})
@@ -331,6 +327,11 @@ class Supervisor:
                 self.lifecycle.leave(entry)
         await self.lifecycle.aclose()
         await asyncio.to_thread(self.store.stop)
+
+    def leave_templates(self) -> None:
+        """Have it known that nothing here needs a template, where that is so; for an engine that has stopped."""
+        if not self.sandboxes.all() and not self.saved.all():
+            leave_user(self.transitions.names.templates, self.lifecycle.sandboxes.parent)
 
     async def _take_over(self, entry: Entry) -> None:
         if not await recovery.take_over(self.lifecycle, entry):

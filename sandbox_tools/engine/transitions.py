@@ -10,22 +10,24 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from sandbox_tools.engine.bodies import MAX_TIMEOUT, NewSandbox
+from sandbox_tools.engine.builds import BUILT_IN
 from sandbox_tools.engine.entry import Entry
 from sandbox_tools.engine.journal import Journal
 from sandbox_tools.engine.lifecycle import Lifecycle
 from sandbox_tools.engine.metering import Metering
+from sandbox_tools.engine.names import Names, used
 from sandbox_tools.engine.pool import Pool
 from sandbox_tools.engine.records import TRAFFIC_SECONDS, IdempotencyMark, Record, new_record
 from sandbox_tools.engine.retention import Retention
 from sandbox_tools.engine.runtime import Container
 from sandbox_tools.engine.sandboxes import Sandboxes
 from sandbox_tools.engine.saved import Origin, Saved, normalised
+from sandbox_tools.engine.templates import load
 from sandbox_tools.errors import ConfigError, ConflictError, EngineError, NotFoundError
-from sandbox_tools.models import DEFAULT_TEMPLATE
 
 log = logging.getLogger(__name__)
 
-TEMPLATE_NAMES = frozenset({"base", DEFAULT_TEMPLATE})
+TEMPLATE_NAMES = BUILT_IN
 
 _TEMPLATE_TAGS = frozenset({"default", "latest"})
 
@@ -39,6 +41,7 @@ class Transitions:
         on_deadline_moved: Told whenever a sandbox begins to run or its end moves.
         now: The wall clock.
         retention: How long what is paused is kept.
+        names: What templates of one's own are called.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Transitions:
         on_deadline_moved: Callable[[], None],
         now: Callable[[], datetime],
         retention: Retention,
+        names: Names,
     ) -> None:
         self._sandboxes = sandboxes
         self._lifecycle = lifecycle
@@ -63,6 +67,7 @@ class Transitions:
         self._on_deadline_moved = on_deadline_moved
         self._now = now
         self._retention = retention
+        self.names = names
 
     @asynccontextmanager
     async def standing(self, entry: Entry, op: str) -> AsyncIterator[None]:
@@ -80,11 +85,13 @@ class Transitions:
 
     async def begin(self, record: Record, origin: Origin, env: Mapping[str, str] | None) -> Entry:
         """Bring up a new sandbox, under another id where one was kept ready. Raises as `create` does."""
+        # Until its record is written, nothing else says that its template is needed.
         with self._sandboxes.beginning():
-            entry = await self._from_pool(record, origin, env)
-            if entry is None:
-                entry = Entry(record, "resuming")
-                await self._lifecycle.create(entry, origin, env)
+            async with used(self.names.templates):
+                entry = await self._from_pool(record, origin, env)
+                if entry is None:
+                    entry = Entry(record, "resuming")
+                    await self._lifecycle.create(entry, origin, env)
             self._sandboxes.enter(entry)
         self._journal.note(entry.record.id, f"created from {origin.name}", template=origin.name)
         self._on_deadline_moved()
@@ -109,20 +116,26 @@ class Transitions:
     async def create(self, request: NewSandbox, timeout: int, mark: IdempotencyMark | None) -> Entry:
         reference = normalised(request.template_id, "create")
         name, _, tag = reference.partition(":")
-        if name in TEMPLATE_NAMES and tag in _TEMPLATE_TAGS:
-            origin = replace(self._pool.origin, name=name)
+        if tag in _TEMPLATE_TAGS and (origin := self._of_template(name)) is not None:
             record = new_record(origin, now=self._now(), timeout=timeout, request=request, mark=mark)
             return await self.begin(record, origin, request.env_vars)
 
         snapshot = self._saved.find(reference)
         if snapshot is None:
-            msg = f"Template {request.template_id!r} not found. This engine has {sorted(TEMPLATE_NAMES)} and snapshots."
+            msg = f"Template {request.template_id!r} not found. This engine has {self.names.every()} and snapshots."
             raise NotFoundError(msg, op="create")
 
         async with self._saved.used(snapshot) as origin:
             record = new_record(origin, now=self._now(), timeout=timeout, request=request, mark=mark)
             # Without variables of its own it has those of what the snapshot was taken of.
             return await self.begin(record, origin, request.env_vars or None)
+
+    def _of_template(self, name: str) -> Origin | None:
+        """What sandboxes of a template are made from. None: there is no such template."""
+        if name in TEMPLATE_NAMES:
+            return replace(self._pool.origin, name=name)
+        own = self.names.find(name)
+        return None if own is None else load(self.names.templates, own.template).origin(name)
 
     async def create_id(self, request: NewSandbox, timeout: int, mark: IdempotencyMark) -> str:
         return (await self.create(request, timeout, mark)).record.id

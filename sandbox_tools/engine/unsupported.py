@@ -8,7 +8,10 @@ from sandbox_tools.errors import AccessDeniedError
 _EGRESS = "What a sandbox may reach is said once. Give `allow_internet_access` and `network` when you create it."
 _VOLUMES = "Volumes live in the cloud. Write files into the sandbox, or keep them in a snapshot."
 _SECRETS = "Secrets live in the cloud. Pass `envVars` when you create the sandbox."
-_BUILDS = "Templates are built in the cloud. Set a sandbox up, take a snapshot of it and create from that."
+_BUILDS = (
+    "Build templates with `sandbox-tools template build` on the engine's machine, or set a sandbox up, take a snapshot "
+    "of it and create from that."
+)
 _QUOTA = "There are no accounts here, and so no quotas."
 _EVENTS = "There are no events here. Each sandbox's logs say what happened to it."
 _MACHINE = "The machine of a sandbox is given by its template. Start the engine with more memory."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import platform
 import shutil
 import stat
@@ -146,3 +147,12 @@ def test_a_tree_with_closed_directories_can_be_removed(tmp_path: Path) -> None:
     remove_tree(tmp_path / "tree")
 
     assert not (tmp_path / "tree").exists()
+
+
+@pytest.mark.soak
+def test_a_root_with_more_packages_is_another_one(tmp_path: Path) -> None:
+    """A minute: it is built from the beginning."""
+    root = build_root(tmp_path, lambda words, share: None, ("jq", "bash"))
+
+    assert run(["chroot", root, "/usr/bin/jq", "--version"] if os.geteuid() == 0 else ["ls", root / "usr/bin/jq"])
+    assert find_root(tmp_path) is None

@@ -1,0 +1,1 @@
+"""Programs that are run inside a root file system, by whatever Python it has; never imported here."""
