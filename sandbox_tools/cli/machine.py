@@ -100,6 +100,25 @@ key_file = click.option(
     help="Keep the last N pauses of each sandbox as snapshots, to go back to.",
 )
 @click.option("--memory-mb", type=int, default=2048, show_default=True, metavar="MB", help="Memory of a sandbox.")
+@click.option(
+    "--disk-mb",
+    type=click.IntRange(0),
+    default=10240,
+    show_default=True,
+    metavar="MB",
+    help="What a sandbox may write to its files, in whole GiB, 8 at least beside 2 GB of memory; 0: no limit.",
+)
+@click.option(
+    "--cpus",
+    type=click.FloatRange(0.01),
+    metavar="N",
+    help="Cores' worth of CPU time of a sandbox; needs root.  [default: as many as there are]",
+)
+@click.option(
+    "--allow-internet",
+    is_flag=True,
+    help="Let new sandboxes reach the internet, through an HTTP proxy, unless created not to.  [default: no way out]",
+)
 @state_dir
 def serve(
     state_dir: Path, uds: Path | None, host: str | None, port: int | None, tls_port: int | None, **options: Any

@@ -133,7 +133,7 @@ class Client(ControlPlane, AbstractAsyncContextManager["Client"]):
             env: Set for all code and commands.
             secure: Whether it asks for its token. None: as the provider's own SDK (not on PPIO's and Novita's
                 legacy domains, elsewhere it does). False is refused where all do (E2B, the local engine).
-            internet: Whether it may reach the internet (never, with the local engine).
+            internet: Whether it may reach the internet (with the local engine: if that allows it).
             idempotency_key: 1 to 255 lower-case letters, digits and hyphens: gives the sandbox that an earlier create
                 with that key has made, if it is there. Not for creates at the same time. None: a new one.
 

@@ -67,7 +67,7 @@ class NewSandbox(CreateRequest):
             serialization_alias="allow_internet_access",
         ),
     ] = None
-    """Accepted and without effect: sandboxes of this engine have no way out."""
+    """None: as True. Without effect where the engine was not started to allow it: there is no way out then."""
     network: Network | None = None
     keep_history: Annotated[int, Field(ge=0, le=100), _WHOLE] | None = None
     """How many of its last pauses stay as snapshots, listed with the others, until it is killed. None: as the engine

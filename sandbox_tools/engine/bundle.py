@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sandbox_tools.engine.bounds import process_limits
+
 GUEST_PACKAGES = "/opt/sandbox-tools"
 """Where the guest's own code is mounted inside, read-only."""
 
@@ -83,15 +85,22 @@ def bundle_config(
                 "PYTHONDONTWRITEBYTECODE=1",
             ],
             "capabilities": {kind: _CAPABILITIES for kind in ("bounding", "effective", "permitted")},
+            "rlimits": process_limits(memory_mb),
         },
         "mounts": [
             {"destination": "/proc", "type": "proc", "source": "proc"},
             {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid", "noexec", "ro"]},
-            {"destination": "/dev/shm", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=1777"]},
+            # In the sandbox's memory: without a size, whoever fills one would end the sandbox.
+            *(_tmpfs(path, memory_mb // part) for path, part in (("/dev/shm", 4), ("/tmp", 2))),
             {"destination": GUEST_PACKAGES, "type": "bind", "source": str(guest), "options": ["bind", "ro"]},
         ],
         "linux": linux,
     }
+
+
+def _tmpfs(path: str, size_mb: int) -> dict[str, Any]:
+    options = ["nosuid", "mode=1777", f"size={size_mb}m"]
+    return {"destination": path, "type": "tmpfs", "source": "tmpfs", "options": options}
 
 
 def write_bundle(directory: Path, config: dict[str, Any]) -> None:

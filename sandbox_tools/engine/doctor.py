@@ -73,15 +73,15 @@ def _namespaces() -> str:
 
 def _control_groups() -> str:
     if os.geteuid() != 0:
-        return "not used by an ordinary user's engine: memory is bounded from inside a sandbox only"
+        return "not used by an ordinary user's engine: memory is bounded from inside only, CPU time not at all"
     unified = CONTROL_GROUPS / "cgroup.controllers"
     have = unified.read_text().split() if unified.exists() else [each.name for each in CONTROL_GROUPS.glob("*")]
-    missing = [name for name in ("memory", "pids") if name not in have]
+    missing = [name for name in ("memory", "pids", "cpu") if name not in have]
     if missing or not os.access(CONTROL_GROUPS, os.W_OK):
         what = f"have no {' and no '.join(missing)} controller" if missing else "can't be written to"
         msg = f"{CONTROL_GROUPS} {what}, so sandboxes can't be bounded. Mount it, in a container with `--privileged`."
         raise ConfigError(msg)
-    return "memory and processes are bounded"
+    return "memory, processes and CPU time are bounded"
 
 
 def _disk(state: Path) -> str:

@@ -15,16 +15,20 @@ HEALTH_SECONDS = 5.0
 """How long a guest may take to say that it is well; E2B's SDK gives it as long."""
 
 
-async def initialise(tunnel: Tunnel, *, sandbox_id: str, token: str, env: Mapping[str, str] | None) -> None:
+async def initialise(
+    tunnel: Tunnel, *, sandbox_id: str, token: str, env: Mapping[str, str] | None, let_out: bool
+) -> None:
     """Tell a guest that woke from an image whose it is now.
 
     Args:
         env: The environment variables of the whole sandbox. None: those that the image has.
+        let_out: Whether its programs are told of the way out.
 
     Raises:
         EngineError: The guest did not take it.
     """
-    body = {"accessToken": token, "envVars": None if env is None else dict(env), "lifecycleID": sandbox_id}
+    variables = None if env is None else dict(env)
+    body = {"accessToken": token, "envVars": variables, "lifecycleID": sandbox_id, "letOut": let_out}
     await _ask(tunnel, "POST", "/init", token=token, body=body, sandbox_id=sandbox_id)
 
 

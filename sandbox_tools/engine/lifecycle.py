@@ -48,7 +48,8 @@ class Lifecycle(Runs):
         record = entry.record
         try:
             tunnel = entry.tunnel or await self.start_run(entry, origin.image)
-            await initialise(tunnel, sandbox_id=record.id, token=record.token, env=env)
+            let_out = self._bounds.lets_out(record)
+            await initialise(tunnel, sandbox_id=record.id, token=record.token, env=env, let_out=let_out)
             if not origin.memory:
                 await reboot(tunnel, sandbox_id=record.id, token=record.token)
             await self.save(entry)

@@ -81,6 +81,8 @@ class Record(BaseModel):
     """Demanded by its ports but envd's. None: whoever reaches them may call."""
     network: dict[str, Any] | None = None
     """What was asked for, as it was sent. None: nothing."""
+    internet: bool = False
+    """Whether it was created to reach the internet; it does where the engine still lets it."""
     earlier_starts: list[datetime] = []
     """When the runs before this one began, newest first and a few at most: a listing under way goes by them."""
     keep_history: int = 0
@@ -214,6 +216,7 @@ def new_record(
         traffic_token=new_token() if private else None,
         keep_history=request.keep_history or 0,
         network=request.network.model_dump(by_alias=True, exclude_none=True) if request.network else None,
+        internet=request.allow_internet_access is True,
         idempotency=mark,
     )
 

@@ -55,8 +55,7 @@ async def info(call: Call) -> Answer:
         content=Detail(
             **row.model_dump(),
             envd_access_token=record.token,
-            # There is no way out of a sandbox here, whatever was asked for.
-            allow_internet_access=False,
+            allow_internet_access=record.internet,
             domain=call.engine.domain if row.state == "running" else None,
             network=None if record.network is None else record.network,
             pause_mode=("full" if record.pause_memory else "filesystem") if entry.phase == "paused" else None,

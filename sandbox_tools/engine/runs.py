@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 from sandbox_tools.engine import templates
+from sandbox_tools.engine.bounds import Bounds
 from sandbox_tools.engine.bundle import write_bundle
 from sandbox_tools.engine.entry import Entry
 from sandbox_tools.engine.guest_calls import check_health, reboot
@@ -31,6 +32,7 @@ class Runs:
         template_directory: Where the templates are.
         store: Where images are read.
         writing: What writes them.
+        bounds: What each sandbox may take at most, and reach.
         now: The wall clock.
         on_end: Told of a sandbox whose container ended by itself.
     """
@@ -43,6 +45,7 @@ class Runs:
         store: Store,
         writing: Writing,
         *,
+        bounds: Bounds,
         now: Callable[[], datetime],
         on_end: Callable[[Entry, Container], None],
     ) -> None:
@@ -51,6 +54,7 @@ class Runs:
         self.runtime = runtime
         self._store = store
         self._writing = writing
+        self._bounds = bounds
         self._template_directory = template_directory
         self._now = now
         self._on_end = on_end
@@ -79,9 +83,9 @@ class Runs:
         await remove(container.directory)
         with disk_errors("container", entry):
             container.directory.mkdir(parents=True)
-            write_bundle(container.bundle, template.config(container))
+            write_bundle(container.bundle, self._bounds.applied(template.config(container)))
             container.pipes.make()
-        entry.tunnel = Tunnel(container.pipes)
+        entry.tunnel = Tunnel(container.pipes, self._bounds.way_out(entry))
         entry.tunnel.open_pipes()
         async with self._store.opened(image, cpu=templates.cpu()) as plain:
             await self.runtime.restore(container, plain)
@@ -157,7 +161,7 @@ class Runs:
         """
         container = self.container(entry)
         self.let_go(entry, "the engine attaches anew")
-        tunnel = Tunnel(container.pipes)
+        tunnel = Tunnel(container.pipes, self._bounds.way_out(entry))
         try:
             if await self.runtime.state(container) == "gone":
                 return False

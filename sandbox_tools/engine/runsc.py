@@ -10,7 +10,7 @@ import os
 import signal
 from pathlib import Path
 
-from sandbox_tools.engine import groups, usage
+from sandbox_tools.engine import bounds, groups, usage
 from sandbox_tools.engine.runtime import Container, ContainerState, Usage
 from sandbox_tools.errors import EngineError
 
@@ -54,19 +54,20 @@ class Runsc:
     async def checkpoint(self, container: Container, image: Path) -> None:
         """Write an image; without `--leave-running` a full disk would kill the container."""
         _signal(container, signal.SIGCONT)  # its tasks stand still, and gVisor has to write
-        self._bound(container, None)
+        self._bound(container, None, None)  # the image is no file of the sandbox's
         await self._call(
             container, "checkpoint", f"--image-path={image}", "--compression=none", "--leave-running", container.id
         )
 
     async def bound(self, container: Container) -> None:
-        """As its bundle says, where there are control groups."""
-        self._bound(container, container.memory_limit())
+        """As its bundle says; its memory, where there are control groups."""
+        self._bound(container, container.memory_limit(), bounds.file_limit(container.bundle))
 
-    def _bound(self, container: Container, limit: int | None) -> None:
+    def _bound(self, container: Container, memory: int | None, file: int | None) -> None:
         pid = _sandbox_pid(container)
         if pid is not None:
-            groups.limit_memory(pid, limit)
+            groups.limit_memory(pid, memory)
+            bounds.limit_files(pid, file)
 
     async def freeze(self, container: Container) -> None:
         """Stop every task, then gVisor itself, which takes some percent of a core although nothing runs on it."""
@@ -171,6 +172,8 @@ class Runsc:
                 stdout=stdout,
                 stderr=stderr,
             )
+        if (pid := _sandbox_pid(container)) is not None:
+            bounds.limit_files(pid, bounds.file_limit(container.bundle))
 
     async def _delete(self, container: Container) -> None:
         # Not as one of the container's own verbs: its directory, where they log, may go at any moment.

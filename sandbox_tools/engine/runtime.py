@@ -84,13 +84,13 @@ class Runtime(Protocol):
     async def checkpoint(self, container: Container, image: Path) -> None:
         """Write memory, processes and files into an empty directory. The tasks go on or stand still as before.
 
-        A failure, a full disk among them, leaves the container as it was too. Either way it may have as much memory as
-        it likes afterwards, until `bound`: an image that lies in memory counts as the container's.
+        A failure, a full disk among them, leaves the container as it was too. Either way it may have as much memory and
+        disk as it likes afterwards, until `bound`: an image that lies in memory counts as the container's.
         """
         ...
 
     async def bound(self, container: Container) -> None:
-        """Let it have as much memory as its bundle says; for when what a checkpoint has written is out of memory."""
+        """Let it have as much memory and disk as its bundle says; for when what a checkpoint wrote is out of memory."""
         ...
 
     async def freeze(self, container: Container) -> None:

@@ -21,6 +21,7 @@ import uvicorn
 
 from sandbox_tools.engine import keys, pool
 from sandbox_tools.engine.api import Engine
+from sandbox_tools.engine.bounds import DEFAULT_DISK_MB, Bounds
 from sandbox_tools.engine.exclusive import AlreadyRunningError, sole_engine
 from sandbox_tools.engine.front import Front
 from sandbox_tools.engine.retention import DEFAULT_DAYS
@@ -66,6 +67,9 @@ def run(
     domain: str | None = None,
     api_key: str | None = None,
     memory_mb: int = DEFAULT_MEMORY_MB,
+    disk_mb: int = DEFAULT_DISK_MB,
+    cpus: float | None = None,
+    allow_internet: bool = False,
     max_sandboxes: int | None = None,
     idle_exit: float | None = None,
     retention_days: float = DEFAULT_DAYS,
@@ -88,6 +92,9 @@ def run(
             socket; on TCP one that needs no DNS, as clients take what precedes its `@` for a user name.
         api_key: What clients must send. None on a Unix socket: the socket's permissions decide.
         memory_mb: Memory of each sandbox.
+        disk_mb: What each may write to its files, as `Bounds.disk_mb`; 0: no limit.
+        cpus: Cores' worth of CPU time of each. None: as its template says.
+        allow_internet: Whether new ones reach the internet, by HTTP through this process, unless they are not to.
         max_sandboxes: How many may run at a time; paused ones don't count. None: no limit.
         idle_exit: Seconds without a running sandbox or a request after which the engine exits; paused sandboxes need
             none. None: never.
@@ -118,6 +125,7 @@ def run(
             supervise = partial(
                 Supervisor,
                 store=store,
+                bounds=Bounds(disk_mb=disk_mb, cpus=cpus, internet=allow_internet),
                 max_sandboxes=max_sandboxes,
                 retention_days=retention_days,
                 pool_size=pool_size,

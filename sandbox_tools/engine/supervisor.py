@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from sandbox_tools.engine import idempotency, recovery
 from sandbox_tools.engine.bodies import MAX_TIMEOUT, NewSandbox
+from sandbox_tools.engine.bounds import Bounds
 from sandbox_tools.engine.deadlines import Deadlines
 from sandbox_tools.engine.entry import Entry
 from sandbox_tools.engine.history import History
@@ -56,6 +57,7 @@ class Supervisor:
         runtime: What isolates them.
         now: The wall clock.
         store: Where their images are. None: in files as they are.
+        bounds: What each sandbox may take at most, and reach. None: the defaults.
         max_sandboxes: How many may run at a time; paused ones don't count. None: no limit.
         retention_days: How long a paused sandbox is kept. 0: until it is killed.
         pool_size: How many sandboxes are kept ready that nobody has asked for yet.
@@ -72,6 +74,7 @@ class Supervisor:
         *,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         store: Store | None = None,
+        bounds: Bounds | None = None,
         max_sandboxes: int | None = None,
         retention_days: float = DEFAULT_DAYS,
         pool_size: int = 0,
@@ -81,6 +84,7 @@ class Supervisor:
         self.now = now
         self.sandboxes = Sandboxes(most=max_sandboxes)
         self.store = store or Store()
+        self._bounds = bounds or Bounds()
         self.saved = Saved(state / "saved")
         self.quota = Quota(self.sandboxes.paused, self.saved, most=max_snapshot_bytes)
         self.lifecycle = Lifecycle(
@@ -90,6 +94,7 @@ class Supervisor:
             self.store,
             Writing(runtime, self.store, self.quota),
             history=History(self.saved),
+            bounds=self._bounds,
             now=now,
             on_end=self._on_end,
         )
@@ -131,7 +136,7 @@ class Supervisor:
             ConflictError: The sandbox of that key is gone.
             EngineError: It could not be started; nothing of it is left.
         """
-        timeout = checked(request.timeout, "create")
+        timeout, request = checked(request.timeout, "create"), self._bounds.granted(request)
         waking = request.auto_resume is not None and request.auto_resume.enabled
         if not request.auto_pause_memory and (not request.auto_pause or waking):
             msg = "`autoPauseMemory` is false: that needs `autoPause`, and excludes `autoResume`."

@@ -33,7 +33,7 @@ from sandbox_tools.errors import EngineError
 DEFAULT_MEMORY_MB = 2048
 
 # Raised whenever what an image holds changes in a way that its ingredients do not show.
-_RECIPE = "3"
+_RECIPE = "4"
 
 # A cold boot with a kernel takes 2 s where nothing else runs.
 _BOOT_SECONDS = 180.0

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from sandbox_tools.engine.kept import Kept
 from sandbox_tools.errors import EngineError
 from sandbox_tools.guest.frames import HELLO, NONCE_BYTES, PIPE_SIZE, RESYNC, enlarge, frame
-from sandbox_tools.guest.mux import Mux, Stream, StreamResetError
+from sandbox_tools.guest.mux import GUEST_NUMBERS, Mux, Stream, StreamResetError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 ATTACH_SECONDS = 30.0
@@ -58,10 +58,15 @@ class Pipes:
 
 
 class Tunnel:
-    """Streams to the ports of one running sandbox."""
+    """Streams to the ports of one running sandbox.
 
-    def __init__(self, pipes: Pipes) -> None:
+    Args:
+        on_open: Called with each stream that the guest opens. None: each is refused.
+    """
+
+    def __init__(self, pipes: Pipes, on_open: Callable[[Stream], None] | None = None) -> None:
         self._pipes = pipes
+        self._on_open = on_open
         self._fds: list[int] = []
         self._mux: Mux | None = None
         self.kept = Kept()
@@ -91,7 +96,7 @@ class Tunnel:
             msg = f"The guest did not answer within {seconds:.0f} s. Try again, or kill the sandbox if it stays silent."
             raise EngineError(msg, op="attach") from None
 
-        self._mux = Mux(self._fds[1], self._fds[0])
+        self._mux = Mux(self._fds[1], self._fds[0], on_open=self._on_open)
         self._mux.start(rest)
 
     @property
@@ -103,7 +108,8 @@ class Tunnel:
     def in_use(self) -> set[int]:
         """The ports that somebody has a stream to."""
         streams = self._mux.streams.values() if self._mux is not None else ()
-        return {stream.port for stream in streams if stream not in self.kept}
+        # What the sandbox has opened itself is nobody's use of it.
+        return {stream.port for stream in streams if stream.number < GUEST_NUMBERS and stream not in self.kept}
 
     def detach(self, reason: str) -> None:
         """Drop every stream and let go of the pipes; the guest is left as it is. Safe to call twice."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sandbox_tools.engine.operations import Answer, Call, Method, Operation
 from sandbox_tools.errors import AccessDeniedError
 
-_EGRESS = "A sandbox here has no way out at all, so that there is nothing to allow or deny."
+_EGRESS = "What a sandbox may reach is said once. Give `allow_internet_access` and `network` when you create it."
 _VOLUMES = "Volumes live in the cloud. Write files into the sandbox, or keep them in a snapshot."
 _SECRETS = "Secrets live in the cloud. Pass `envVars` when you create the sandbox."
 _BUILDS = (

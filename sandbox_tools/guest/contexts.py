@@ -313,7 +313,7 @@ class Context:
         return f"{lost} It was restarted: import and compute again what you need."
 
     def _wanted(self) -> dict[str, str]:
-        return {**self._settings.env_vars, **self._env}
+        return {**self._settings.environment, **self._env}
 
     async def _start_kernel(self) -> None:
         if hasattr(self, "_kernel"):

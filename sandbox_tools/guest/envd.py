@@ -89,15 +89,19 @@ async def _init(request: Request) -> Response:
     try:
         body = json.loads(await request.body() or b"{}")
         env_vars, token, lifecycle_id = (body.get(name) for name in ("envVars", "accessToken", "lifecycleID"))
+        let_out = body.get("letOut")
     except (ValueError, AttributeError) as error:
         raise HTTPException(400, "The body is not a JSON object. Send one.") from error
     if not isinstance(env_vars or {}, dict) or not all(isinstance(value, str) for value in (env_vars or {}).values()):
         raise HTTPException(400, "`envVars` is not an object of strings. Send one, or leave it out.")
+    if let_out is not None and not isinstance(let_out, bool):
+        raise HTTPException(400, "`letOut` is neither true nor false. Send one, or leave it out.")
     for name, value in (("accessToken", token), ("lifecycleID", lifecycle_id)):
         if value is not None and not isinstance(value, str):
             raise HTTPException(400, f"`{name}` is not a string. Send one, or leave it out.")
 
-    request.app.state.settings.init(env_vars=env_vars, access_token=token, lifecycle_id=lifecycle_id)
+    settings: Settings = request.app.state.settings
+    settings.init(env_vars=env_vars, access_token=token, lifecycle_id=lifecycle_id, let_out=let_out)
     return Response(status_code=204)
 
 

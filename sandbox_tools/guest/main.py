@@ -142,7 +142,7 @@ async def _until_stopped(
             from sandbox_tools.guest.tunnel import serve  # only where there is an engine
 
             ports = [each.getsockname()[1] for each in listening]
-            tasks.add(asyncio.create_task(serve(*tunnel, dict.fromkeys(ports, server.connection))))
+            tasks.add(asyncio.create_task(serve(*tunnel, dict.fromkeys(ports, server.connection), let_out=True)))
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:
         server.should_exit = True

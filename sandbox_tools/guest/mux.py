@@ -1,6 +1,7 @@
 """Many streams over one pair of pipes, each at the pace of its own reader.
 
-Only the host opens streams. Each direction of a stream has a window: a sender spends credit and the receiver grants it
+The host opens streams to the guest's ports, and the guest streams to the outside, where the host lets it; each numbers
+its own. Each direction of a stream has a window: a sender spends credit and the receiver grants it
 back as its reader reads, so a slow reader stops its own sender and nobody else.
 """
 
@@ -48,6 +49,10 @@ _REASON = 200
 
 # How many pieces are written in one go; the kernel takes 1024.
 _PIECES = 128
+
+
+GUEST_NUMBERS = 1 << 31
+"""From here on are the numbers of the streams that the guest opens."""
 
 
 class StreamResetError(ConnectionError):
@@ -138,6 +143,10 @@ class Stream:
             self._mux.send(DATA, self.number, data[at : min(at + MAX_PAYLOAD, count)])
         return count
 
+    def send_opened(self) -> None:
+        """Tell the other end, which has opened the stream, that it is served."""
+        self._mux.send(OPENED, self.number)
+
     def write_eof(self) -> None:
         """Say that nothing more will be written; reading goes on."""
         if not self.sent_eof and self.reset is None:
@@ -205,8 +214,9 @@ class Mux:
     """One end of the tunnel: reads and writes frames on two non-blocking file descriptors that it does not own.
 
     Args:
-        on_open: Called with each stream that the other end opens; None on the host, where none may be.
+        on_open: Called with each stream that the other end opens. None: each is refused.
         on_hello: Called with the nonce of each `HELLO`.
+        first: The number of the first stream that this end opens: 1 or `GUEST_NUMBERS`.
     """
 
     def __init__(
@@ -216,6 +226,7 @@ class Mux:
         *,
         on_open: Callable[[Stream], None] | None = None,
         on_hello: Callable[[bytes], None] | None = None,
+        first: int = 1,
     ) -> None:
         self.streams: dict[int, Stream] = {}
         self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -225,7 +236,8 @@ class Mux:
         self._on_hello = on_hello
         self._reader = FrameReader()
         self._unread = False
-        self._next_number = 1
+        self._first = first
+        self._next_number = first
         self._out: deque[bytes | memoryview] = deque()
         self._out_bytes = 0
         self._flushing = False
@@ -370,10 +382,19 @@ class Mux:
                 if self._on_hello is not None:
                     self._on_hello(payload)
             elif kind == OPEN:
-                if self._on_open is not None:
-                    stream = Stream(self, number, number_in(payload))
-                    self.streams[number] = stream
-                    self._on_open(stream)
+                self._take_on(number, number_in(payload))
             elif (known := self.streams.get(number)) is not None:
                 # Frames for a stream that this end has given up are late, not wrong.
                 known.receive(kind, payload)
+
+    def _take_on(self, number: int, port: int) -> None:
+        if number in self.streams or (number < GUEST_NUMBERS) == (self._first < GUEST_NUMBERS):
+            msg = f"Stream {number} is not one that the other end may open."
+            raise BrokenFrameError(msg)
+
+        stream = Stream(self, number, port)
+        self.streams[number] = stream
+        if self._on_open is None:
+            stream.close("refused: nothing is let out")
+        else:
+            self._on_open(stream)

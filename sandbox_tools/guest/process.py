@@ -63,7 +63,7 @@ class Service:
         """Starts a process and follows it. It is killed at the call's deadline, but goes on if the caller leaves."""
         command = _command(call)
         try:
-            process = self._processes.start(command, self._settings.env_vars)
+            process = self._processes.start(command, self._settings.environment)
         except (OSError, ValueError) as error:
             raise _not_started(command, error) from error
         if call.timeout is not None:

@@ -6,8 +6,9 @@ import asyncio
 import os
 from typing import TYPE_CHECKING
 
-from sandbox_tools.guest.frames import HELLO, OPENED, enlarge
-from sandbox_tools.guest.mux import Mux, Stream
+from sandbox_tools.guest import outside
+from sandbox_tools.guest.frames import HELLO, enlarge
+from sandbox_tools.guest.mux import GUEST_NUMBERS, Mux, Stream
 from sandbox_tools.guest.transport import Relay, StreamTransport, break_off
 
 if TYPE_CHECKING:
@@ -17,7 +18,11 @@ HOST = "127.0.0.1"
 
 
 async def serve(
-    read_fd: int, write_fd: int, services: Mapping[int, Callable[[], asyncio.Protocol]] | None = None
+    read_fd: int,
+    write_fd: int,
+    services: Mapping[int, Callable[[], asyncio.Protocol]] | None = None,
+    *,
+    let_out: bool = False,
 ) -> None:
     """Serve the tunnel on two pipes until one of them is closed for good.
 
@@ -26,6 +31,7 @@ async def serve(
     Args:
         services: For each port that is served in this process, what makes a protocol for one connection to it: no
             socket lies in between.
+        let_out: Whether programs in here find a port that leads through the tunnel to the outside.
     """
     for fd in (read_fd, write_fd):
         os.set_blocking(fd, False)
@@ -34,11 +40,11 @@ async def serve(
 
     def on_open(stream: Stream) -> None:
         if (service := (services or {}).get(stream.port)) is not None:
-            mux.send(OPENED, stream.number)
+            stream.send_opened()
             StreamTransport(stream, service(), (HOST, stream.port)).start()
             return
 
-        task = asyncio.create_task(_connect(mux, stream))
+        task = asyncio.create_task(_connect(stream))
         tasks.add(task)
         task.add_done_callback(tasks.discard)
 
@@ -46,18 +52,21 @@ async def serve(
         mux.reset_streams("the engine attached anew")
         mux.send(HELLO, payload=nonce)
 
-    mux = Mux(read_fd, write_fd, on_open=on_open, on_hello=on_hello)
+    mux = Mux(read_fd, write_fd, on_open=on_open, on_hello=on_hello, first=GUEST_NUMBERS)
+    way_out = await outside.listen(mux) if let_out else None
     mux.start()
     try:
         await mux.closed
     finally:
         mux.stop("the guest is shutting down")
+        if way_out is not None:
+            way_out.close()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _connect(mux: Mux, stream: Stream) -> None:
+async def _connect(stream: Stream) -> None:
     inner = Relay()
     try:
         transport, _ = await asyncio.get_running_loop().create_connection(lambda: inner, HOST, stream.port)
@@ -70,6 +79,6 @@ async def _connect(mux: Mux, stream: Stream) -> None:
     if stream.reset is not None:
         break_off(transport)
         return
-    mux.send(OPENED, stream.number)
+    stream.send_opened()
     outer.start()
     transport.resume_reading()

@@ -19,12 +19,14 @@ from sandbox_tools.guest.frames import (
     DATA,
     HELLO,
     MAX_PAYLOAD,
+    NUMBER,
+    OPEN,
     RESYNC,
     BrokenFrameError,
     FrameReader,
     frame,
 )
-from sandbox_tools.guest.mux import WINDOW, Mux, Stream, StreamResetError
+from sandbox_tools.guest.mux import GUEST_NUMBERS, WINDOW, Mux, Stream, StreamResetError
 from tests.conftest import own_state
 
 frames = st.lists(st.tuples(st.integers(1, 7), st.integers(0, 2**32 - 1), st.binary(max_size=300)), max_size=12)
@@ -159,13 +161,75 @@ async def test_a_reader_that_stands_still_stops_its_own_writer_and_nobody_else()
             tunnel.detach("done")
 
 
+def guest_mux(reading: int, writing: int) -> Mux:
+    """A guest's end that lets every stream hang."""
+    mux = Mux(
+        reading,
+        writing,
+        on_open=lambda stream: None,
+        on_hello=lambda nonce: mux.send(HELLO, payload=nonce),
+        first=GUEST_NUMBERS,
+    )
+    return mux
+
+
+async def test_a_stream_that_a_guest_opens_is_refused_where_nothing_is_let_out_and_served_where_something_is() -> None:
+    for served in (False, True):
+        with pipes() as made:
+            taken: list[Stream] = []
+            tunnel = Tunnel(made, taken.append if served else None)
+            tunnel.open_pipes()
+            fds = [os.open(path, os.O_RDWR | os.O_NONBLOCK) for path in (made.stdin, made.stdout)]
+            inside = guest_mux(*fds)
+            inside.start()
+            await tunnel.attach()
+
+            stream = inside.open(1)
+            await stream.write(b"out")
+            if served:
+                while not taken:
+                    await asyncio.sleep(0)
+                assert await taken[0].read() == b"out"
+                assert tunnel.in_use == set()
+            else:
+                with pytest.raises(StreamResetError, match="nothing is let out"):
+                    await stream.read()
+            assert tunnel.attached
+            inside.stop("done")
+            tunnel.detach("done")
+            for fd in fds:
+                os.close(fd)
+
+
+@pytest.mark.parametrize("number", [1, 5, GUEST_NUMBERS])
+async def test_a_guest_that_opens_a_stream_of_the_hosts_or_one_twice_is_cut_off(number: int) -> None:
+    with pipes() as made:
+        tunnel = Tunnel(made, lambda stream: None)
+        tunnel.open_pipes()
+        fds = [os.open(path, os.O_RDWR | os.O_NONBLOCK) for path in (made.stdin, made.stdout)]
+        hostile = guest_mux(*fds)
+        hostile.start()
+        await tunnel.attach()
+        stream = tunnel.begin(80)
+        for _ in range(2):
+            hostile.send(OPEN, number, NUMBER.pack(1))
+
+        with pytest.raises(StreamResetError, match="may open"):
+            await stream.read()
+        assert not tunnel.attached
+        hostile.stop("done")
+        tunnel.detach("done")
+        for fd in fds:
+            os.close(fd)
+
+
 async def test_a_guest_that_sends_more_than_its_window_is_cut_off() -> None:
     """What runs inside may be hostile: it must not fill the engine's memory."""
     with pipes() as made:
         tunnel = Tunnel(made)
         tunnel.open_pipes()
         fds = [os.open(path, os.O_RDWR | os.O_NONBLOCK) for path in (made.stdin, made.stdout)]
-        hostile = Mux(*fds, on_hello=lambda nonce: hostile.send(HELLO, payload=nonce))
+        hostile = guest_mux(*fds)
         hostile.start()
         await tunnel.attach()
         opening = asyncio.create_task(opened(tunnel, 80))
@@ -184,6 +248,7 @@ async def test_a_guest_that_sends_more_than_its_window_is_cut_off() -> None:
 hostile_bytes = st.lists(
     st.one_of(
         st.builds(frame, st.integers(0, 9), st.integers(0, 3), st.binary(max_size=40)),
+        st.builds(lambda n, size: frame(OPEN, GUEST_NUMBERS + n, bytes(size)), st.integers(0, 3), st.integers(0, 5)),
         st.builds(lambda kind, size: frame(kind, 1, bytes(size)), st.integers(1, 7), st.sampled_from([4, MAX_PAYLOAD])),
         st.binary(max_size=40),
         st.just(bytes(5000)),
@@ -204,7 +269,7 @@ def test_whatever_a_hostile_guest_sends_ends_its_own_tunnel_at_most(pieces: list
                 await good.attach()
                 bad.open_pipes()
                 stdin, stdout = (os.open(path, os.O_RDWR | os.O_NONBLOCK) for path in (theirs.stdin, theirs.stdout))
-                hostile = Mux(stdin, stdout, on_hello=lambda nonce: hostile.send(HELLO, payload=nonce))
+                hostile = guest_mux(stdin, stdout)
                 hostile.start()
                 await bad.attach()
                 streams = [bad.begin(80) for _ in range(3)]
