@@ -33,13 +33,13 @@ PAGES = 30
 class Engine:
     """An engine on a state directory, from its start to its end."""
 
-    def __init__(self, state: Path) -> None:
+    def __init__(self, state: Path, *options: str) -> None:
         self.state = state
         self.http = httpx.Client(
             transport=httpx.HTTPTransport(uds=str(socket_path(state))), base_url="http://engine", timeout=120
         )
         started = time.perf_counter()
-        argv = [sys.executable, "-m", "sandbox_tools", "serve", "--pool", "0", "--state-dir", str(state)]
+        argv = [sys.executable, "-m", "sandbox_tools", "serve", "--state-dir", str(state), *options]
         with (state / "engine.log").open("ab") as log:
             self.process = subprocess.Popen(argv, stdout=log, stderr=log)
         while not self._ready():
@@ -118,7 +118,7 @@ def main() -> None:
     state = Path(tempfile.mkdtemp(prefix="crowd-", dir=state_directory()))
     results: dict[str, Samples] = {str(arguments.count): {}, "1": {}}
     try:
-        engine = Engine(state)
+        engine = Engine(state, "--pool", "0")
         sandbox = engine.http.post("/sandboxes", json={"templateID": "base"}).json()["sandboxID"]
         assert engine.http.post(f"/sandboxes/{sandbox}/pause").status_code == 204
         engine.stop()
@@ -126,7 +126,7 @@ def main() -> None:
             if kind != "1":
                 multiply(state, arguments.count, console)
             for _ in range(arguments.rounds):
-                engine = Engine(state)
+                engine = Engine(state, "--pool", "0")
                 engine.measure(results[kind])
                 engine.stop()
     finally:

@@ -108,6 +108,18 @@ class EngineProcess:
                 http.delete(f"/sandboxes/{row['sandboxID']}")
         return rows
 
+    def wait_quiet(self) -> None:
+        """Until nothing goes on behind answered calls: what is killed is tidied, and what is kept ready stands still."""
+        deadline = time.monotonic() + PATIENCE
+        before: list[str] = []
+        while time.monotonic() < deadline:
+            time.sleep(3)
+            now = [*self.containers(), *(path.name for path in (self.state / "runsc").glob("*"))]
+            if now == before:
+                return
+            before = now
+        raise AssertionError(before)
+
     def containers(self) -> list[str]:
         """The sandboxes of this engine whose processes live on this host, by container id."""
         found = []
