@@ -109,7 +109,7 @@ class EngineProcess:
         return rows
 
     def wait_quiet(self) -> None:
-        """Until nothing goes on behind answered calls: what is killed is tidied, and what is kept ready stands still."""
+        """Until nothing goes on behind answered calls: what was killed is tidied, and what is kept ready is there."""
         deadline = time.monotonic() + PATIENCE
         before: list[str] = []
         while time.monotonic() < deadline:
