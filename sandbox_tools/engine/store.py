@@ -61,9 +61,9 @@ class Store:
 
     def start(self) -> None:
         """Remove what a crash left in memory."""
-        if self._memory is not None:
-            shutil.rmtree(self._memory, ignore_errors=True)
-            self._memory.mkdir(mode=0o700, exist_ok=True)
+        # The directory itself stays: its name is anybody's as soon as it is gone.
+        for left in self._memory.iterdir() if self._memory is not None else ():
+            shutil.rmtree(left, ignore_errors=True)
 
     def stop(self) -> None:
         """Leave nothing in memory."""

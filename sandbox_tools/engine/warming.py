@@ -50,12 +50,16 @@ async def run(tunnel: Tunnel, *, start: str | None, ready: str | None, ready_sec
 
 
 async def _until_ready(tunnel: Tunnel, ready: str, seconds: float, started: _Process, start: str | None) -> None:
+    # The last one that has something to tell: it may be time in the very beginning of another.
     last = _Process(tunnel)
     try:
         async with asyncio.timeout(seconds):
             while True:
-                last = _Process(tunnel)
-                await last.follow(ready)
+                check = _Process(tunnel)
+                if last.exit_code is None:
+                    last = check
+                await check.follow(ready)
+                last = check
                 if last.exit_code == 0:
                     return
                 _check(started, start)

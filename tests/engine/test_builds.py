@@ -157,8 +157,8 @@ def test_a_requirement_leaves_the_root_that_it_is_put_upon_as_it_is(shelf: Shelf
     [
         ({"start": "echo no such luck; exit 3"}, r"exit code 3\. Its last words: no such luck"),
         (
-            {"start": "echo begun; sleep 99", "ready": "echo not yet; false", "ready_seconds": 1.5},
-            "not ready within 1.5 s.*exit code 1.*not yet.*begun",
+            {"start": "echo begun; sleep 99", "ready": "echo not yet; false", "ready_seconds": 3.0},
+            "not ready within 3 s.*exit code 1.*not yet.*begun",
         ),
         ({"requirements": ("no-such-package-anywhere-at-all",)}, "can't be installed"),
         ({"requirements": ("numpy<2",)}, "stay as they are"),
