@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sandbox_tools.engine.install import check_kind, check_namespaces, find_runsc
 from sandbox_tools.engine.roots import find_root
-from sandbox_tools.engine.store import memory_directory
+from sandbox_tools.engine.store import memory_parent
 from sandbox_tools.errors import ConfigError, SandboxError
 from sandbox_tools.paths import socket_path, templates_directory
 
@@ -46,7 +46,7 @@ def examine(state: Path) -> list[Finding]:
         "control groups": _control_groups,
         "state directory": lambda: _writable(state),
         "disk": lambda: _disk(state),
-        "memory for snapshots": lambda: _memory(state),
+        "memory for snapshots": _memory,
         "runsc": lambda: _runsc(state),
         "root file system": lambda: _root(templates_directory(state)),
         "engine": lambda: _engine(state),
@@ -93,8 +93,8 @@ def _disk(state: Path) -> str:
     return f"{free / 1e9:.0f} GB free"
 
 
-def _memory(state: Path) -> str:
-    where = memory_directory(state).parent
+def _memory() -> str:
+    where = memory_parent()
     disk = os.statvfs(where)
     size = disk.f_blocks * disk.f_frsize
     if size < LEAST_MEMORY:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sandbox_tools.engine import keys
-from sandbox_tools.engine.exclusive import sole_engine
+from sandbox_tools.engine.exclusive import AlreadyRunningError, sole_engine
 from sandbox_tools.engine.keys import Keyring
 from sandbox_tools.engine.store import Store
 from sandbox_tools.errors import ConfigError, EngineError
@@ -38,8 +38,7 @@ def rotate(state: Path, key_file: Path | None, on_step: Callable[[int, int], Non
         on_step: Told how many snapshots were looked at, of how many.
 
     Raises:
-        AlreadyRunningError: An engine runs.
-        ConfigError: The keys do not come from a file, or can't be read or written.
+        ConfigError: An engine runs, or the keys do not come from a file, or can't be read or written.
         OSError: The disk is full or failing.
     """
     for variable in (keys.VARIABLE, keys.COMMAND):
@@ -48,13 +47,17 @@ def rotate(state: Path, key_file: Path | None, on_step: Callable[[int, int], Non
             raise ConfigError(msg, op="rotate")
 
     path = key_file or keys.default_file(state)
-    with sole_engine(state):
-        every = [secrets.token_bytes(keys.KEY_BYTES), *(keys.read(path) if path.exists() else ())]
-        keys.write(path, every)
-        ring = Keyring(every, repr(str(path)))
-        moved, lost = move_all(state, Store(ring), on_step)
-        keys.write(path, every[:1])
-        return Rotated(key_id=ring.newest, moved=moved, lost=tuple(lost))
+    try:
+        with sole_engine(state):
+            every = [secrets.token_bytes(keys.KEY_BYTES), *(keys.read(path) if path.exists() else ())]
+            keys.write(path, every)
+            ring = Keyring(every, repr(str(path)))
+            moved, lost = move_all(state, Store(ring), on_step)
+            keys.write(path, every[:1])
+    except AlreadyRunningError as error:
+        msg = f"An engine runs on {str(state)!r}. Stop it first (SIGTERM: it pauses what runs), and try again."
+        raise ConfigError(msg, op="rotate") from error
+    return Rotated(key_id=ring.newest, moved=moved, lost=tuple(lost))
 
 
 def move_all(

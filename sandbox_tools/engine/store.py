@@ -197,11 +197,11 @@ class Store:
         self._promised.pop(path, None)
 
 
-def memory_directory(state: Path) -> Path:
-    """This engine's own directory in memory, made where it is missing; in `SANDBOX_TOOLS_MEMORY_DIR`, else `/dev/shm`.
+def memory_parent() -> Path:
+    """Where engines have their directories in memory: `SANDBOX_TOOLS_MEMORY_DIR`, else `/dev/shm`.
 
     Raises:
-        ConfigError: That is no tmpfs, or what lies there is somebody else's.
+        ConfigError: That is no tmpfs.
     """
     parent = Path(os.environ.get(VARIABLE) or _MEMORY)
     if _file_system(parent) not in ("tmpfs", "ramfs"):
@@ -210,8 +210,17 @@ def memory_directory(state: Path) -> Path:
             "start the engine with `--no-encryption`."
         )
         raise ConfigError(msg, op="serve")
+    return parent
 
-    path = parent / f"sandbox-tools-{os.geteuid()}-{hashlib.sha256(os.fsencode(state.resolve())).hexdigest()[:12]}"
+
+def memory_directory(state: Path) -> Path:
+    """This engine's own directory in memory, made where it is missing.
+
+    Raises:
+        ConfigError: As `memory_parent`, or what lies there is somebody else's.
+    """
+    digest = hashlib.sha256(os.fsencode(state.resolve())).hexdigest()[:12]
+    path = memory_parent() / f"sandbox-tools-{os.geteuid()}-{digest}"
     try:
         path.mkdir(mode=0o700, exist_ok=True)
         found = path.lstat()

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from sandbox_tools.engine.exclusive import sole_engine
+
 
 def sandbox_tools(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -51,8 +53,22 @@ def test_doctor_speaks_json(tmp_path: Path) -> None:
     assert "20250601" in found["runsc"]["words"]
     assert set(found) == {
         *("machine", "packages", "namespaces", "control groups"),
-        *("state directory", "disk", "runsc", "root file system", "engine"),
+        *("state directory", "disk", "memory for snapshots", "runsc", "root file system", "engine"),
     }
+
+
+def test_a_key_is_rotated_and_not_under_a_running_engine(tmp_path: Path) -> None:
+    words = ("key", "rotate", "--json", "--state-dir", str(tmp_path))
+    first, second = (json.loads(sandbox_tools(*words).stdout) for _ in range(2))
+
+    assert first["key_id"] != second["key_id"]
+    assert (second["moved"], second["lost"]) == (0, [])
+    assert (tmp_path / "snapshot.key").stat().st_mode & 0o777 == 0o600
+    assert "Put a new one before" in sandbox_tools(*words, SANDBOX_TOOLS_SNAPSHOT_KEY="x").stderr
+    with sole_engine(tmp_path):
+        refused = sandbox_tools(*words)
+    assert refused.returncode == 1
+    assert "Stop it first" in refused.stderr
 
 
 @pytest.mark.parametrize("words", [("doctor",), ("setup",)])
