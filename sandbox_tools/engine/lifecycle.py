@@ -38,6 +38,7 @@ class Lifecycle(Runs):
     def __init__(self, *runs: Any, history: History, **more: Any) -> None:
         super().__init__(*runs, **more)
         self.history = history
+        self._removing: set[asyncio.Task[None]] = set()
 
     async def create(self, entry: Entry, origin: Origin, env: Mapping[str, str] | None) -> None:
         """Bring a new sandbox up, where it is not up already; where that fails nothing is left of it.
@@ -91,7 +92,10 @@ class Lifecycle(Runs):
 
         self.runs(entry)
         if not await self.history.keep(paused, snapshot):
-            await remove(snapshot)
+            # A gigabyte takes a while, which nobody has to wait for.
+            removing = asyncio.create_task(remove(snapshot))
+            self._removing.add(removing)
+            removing.add_done_callback(self._removing.discard)
 
     async def pause(self, entry: Entry, *, memory: bool, for_good: bool = False) -> None:
         """Memory, processes and files on disk, RAM free; or none of it where somebody wants it back before that.
@@ -167,6 +171,7 @@ class Lifecycle(Runs):
 
     async def aclose(self) -> None:
         """Wait for what goes on behind answered calls."""
+        await asyncio.gather(*self._removing)
         await self._writing.aclose()
         await self.runtime.aclose()
 

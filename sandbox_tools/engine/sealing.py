@@ -7,10 +7,11 @@ can't be moved, repeated, left out or taken from elsewhere.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,6 +28,8 @@ TAG = 16
 
 # More only wait for memory: one does 2 GB/s, reading and writing included.
 _THREADS = min(4, os.cpu_count() or 1)
+
+_SYNC_EACH = 0.01  # seconds
 
 _NONCE = struct.Struct(">IQ")
 
@@ -118,11 +121,11 @@ def _each_of_file(
     given: int,
 ) -> None:
     pieces = -(-size // PIECE)
-    share = max(1, -(-pieces // _THREADS))
 
     def work(first: int) -> None:
         room, into = memoryview(bytearray(PIECE + taken)), memoryview(bytearray(PIECE + given))
-        for at in range(first, min(first + share, pieces)):
+        # Side by side, so that the file grows from its beginning on, as disks like it.
+        for at in range(first, pieces, _THREADS):
             if stop.is_set():
                 raise GivenUpError
             plain = min(PIECE, size - at * PIECE)
@@ -130,9 +133,34 @@ def _each_of_file(
             turn(room[: plain + taken], _NONCE.pack(number, at), about, into[: plain + given])
             _write(writing, into[: plain + given], at * (PIECE + given))
 
-    with ThreadPoolExecutor(_THREADS) as threads:
-        for done in [threads.submit(work, first) for first in range(0, pieces, share)]:
+    with _syncing(writing), ThreadPoolExecutor(_THREADS) as threads:
+        for done in [threads.submit(work, first) for first in range(min(_THREADS, pieces))]:
             done.result()
+
+
+@contextlib.contextmanager
+def _syncing(fd: int) -> Iterator[None]:
+    """Have the disk at work while there is more to come: a third less until all is on it. Who needs it there syncs."""
+    done = threading.Event()
+    errors: list[OSError] = []
+
+    def sync() -> None:
+        while not errors and not done.wait(_SYNC_EACH):
+            try:
+                os.fdatasync(fd)
+            except OSError as error:
+                errors.append(error)
+
+    syncing = threading.Thread(target=sync, name="syncing")
+    syncing.start()
+    try:
+        yield
+    finally:
+        done.set()
+        syncing.join()
+    # The kernel tells of a failed write once: whoever syncs afterwards would take it for good.
+    if errors:
+        raise errors[0]
 
 
 def _read(fd: int, room: memoryview, at: int) -> None:
