@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import httpx
@@ -87,8 +88,9 @@ def multiply(state: Path, count: int, console: Console) -> None:
     record = Record.load(directory)
     assert record is not None
     snapshot = state / "snapshots" / record.id / str(record.snapshot)
-    for _ in track(range(count - 1), "copying", console=console, transient=True):
-        copy = record.model_copy(update={"id": new_id(), "token": secrets.token_hex(24)})
+    for number in track(range(1, count), "copying", console=console, transient=True):
+        started = record.started_at - timedelta(seconds=number)
+        copy = record.model_copy(update={"id": new_id(), "token": secrets.token_hex(24), "started_at": started})
         place = state / "sandboxes" / copy.id
         place.mkdir()
         (place / "record.json").write_text(copy.model_dump_json())

@@ -124,6 +124,11 @@ class Runsc:
         pid = _sandbox_pid(container)
         return 0 if pid is None else usage.memory(pid)
 
+    def image_bytes(self, container: Container) -> int:
+        """Read of the files that gVisor keeps its memory in."""
+        pid = _sandbox_pid(container)
+        return 0 if pid is None else usage.image(pid, container)
+
     def usage(self, container: Container) -> Usage | None:
         """Read of the host's `/proc` and control groups; reading the memory of a large sandbox takes milliseconds."""
         pid = _sandbox_pid(container)

@@ -125,6 +125,10 @@ class Runtime(Protocol):
         """RAM that the container holds on the host now; 0 if it is gone."""
         ...
 
+    def image_bytes(self, container: Container) -> int:
+        """Bytes that an image of the container may have, had it one now; 0 if it is gone."""
+        ...
+
     def usage(self, container: Container) -> Usage | None:
         """What the container takes of the host, asked of the host alone; None if it is gone."""
         ...

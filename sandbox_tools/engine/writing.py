@@ -54,8 +54,7 @@ class Writing:
         """
         await self._turn(wanted)
         try:
-            usage = await asyncio.to_thread(self._runtime.usage, container)
-            need = usage.memory + usage.disk if usage else 0
+            need = await asyncio.to_thread(self._runtime.image_bytes, container)
             async with self._quota.room(need):
                 draft = await asyncio.to_thread(self._store.begin, final, need)
                 try:
