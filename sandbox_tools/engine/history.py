@@ -13,9 +13,6 @@ from sandbox_tools.engine.snapshots import DESCRIPTION, sync, write_durably
 
 log = logging.getLogger(__name__)
 
-MOST = 100
-"""Pauses of one sandbox that can be kept."""
-
 
 class History:
     """What was kept, among the snapshots of one engine.

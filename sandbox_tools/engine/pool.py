@@ -49,10 +49,6 @@ class Pool:
         self._task: asyncio.Task[None] | None = None
         self._making: asyncio.Task[None] | None = None
 
-    def __len__(self) -> int:
-        """How many are ready now."""
-        return len(self._ready)
-
     def start(self) -> None:
         """Begin to fill it."""
         if self._size:
