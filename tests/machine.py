@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -120,6 +121,10 @@ class EngineProcess:
             before = now
         raise AssertionError(before)
 
+    def plain_images(self) -> list[Path]:
+        """What lies in its memory now, outside of any sandbox."""
+        return plain_images(self.pid, self.state)
+
     def containers(self) -> list[str]:
         """The sandboxes of this engine whose processes live on this host, by container id."""
         found = []
@@ -129,6 +134,19 @@ class EngineProcess:
                 if f"--root={self.state / 'runsc'}" in argv and "boot" in argv:
                     found.append(argv[-2])
         return found
+
+
+def plain_images(pid: int, state: Path) -> list[Path]:
+    """What the engine that is this process has in the tmpfs that only a descriptor leads to, or in the machine's."""
+    mounted = {line.split()[2] for line in Path("/proc/self/mountinfo").read_text().splitlines()}
+    found: list[Path] = []
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            device = fd.stat().st_dev
+            if fd.is_dir() and f"{os.major(device)}:{os.minor(device)}" not in mounted:
+                found += fd.iterdir()
+    digest = hashlib.sha256(os.fsencode(state.resolve())).hexdigest()[:12]
+    return [*found, *Path("/dev/shm").glob(f"sandbox-tools-*-{digest}/*")]
 
 
 class Box:

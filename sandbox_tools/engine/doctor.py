@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sandbox_tools.engine.install import check_kind, check_namespaces, find_runsc
+from sandbox_tools.engine.memory import place
 from sandbox_tools.engine.roots import find_root
-from sandbox_tools.engine.store import memory_parent
 from sandbox_tools.errors import ConfigError, SandboxError
 from sandbox_tools.paths import socket_path, templates_directory
 
@@ -94,16 +94,14 @@ def _disk(state: Path) -> str:
 
 
 def _memory() -> str:
-    where = memory_parent()
-    disk = os.statvfs(where)
-    size = disk.f_blocks * disk.f_frsize
+    where, size = place()
     if size < LEAST_MEMORY:
         msg = (
-            f"{str(where)!r} holds {size >> 20} MB, and an image is plain there for a moment. Make it larger (in a "
-            "container `--shm-size`), name another tmpfs in `SANDBOX_TOOLS_MEMORY_DIR`, or `serve --no-encryption`."
+            f"{where} holds {size >> 20} MB, and an image is plain there for a moment. Make it larger (in a container "
+            "`--shm-size`), name another tmpfs in `SANDBOX_TOOLS_MEMORY_DIR`, or `serve --no-encryption`."
         )
         raise ConfigError(msg)
-    return f"{str(where)!r} holds {size / 1e9:.0f} GB"
+    return f"{where} holds {size / 1e9:.0f} GB"
 
 
 def _packages() -> str:

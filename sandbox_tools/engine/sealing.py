@@ -13,15 +13,17 @@ import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from sandbox_tools.engine.held import holding
 from sandbox_tools.errors import EngineError
 
-PIECE = 1 << 20
-"""Bytes of the plain file in each piece; the last one has the rest."""
+PIECE = 512 << 10
+"""Bytes of the plain file in each piece; the last one has the rest. It and its outcome fit into a core's cache."""
 
 TAG = 16
 """Bytes that each piece is longer by when it is sealed."""
@@ -50,92 +52,136 @@ def seal(key: bytes, context: str, source: Path, target: Path, stop: threading.E
         OSError: The disk is full or failing.
         GivenUpError: As asked.
     """
-    sizes = {path.name: path.stat().st_size for path in sorted(source.iterdir())}
     cipher = AESGCM(key)
 
-    def piece(room: memoryview, nonce: bytes, about: bytes, into: memoryview) -> None:
+    def turn(room: memoryview, nonce: bytes, about: bytes, into: memoryview) -> memoryview:
         cipher.encrypt_into(nonce, room, about, into)
+        return into
 
-    _each_piece(sizes, context, source, target, stop, piece, taken=0, given=TAG)
-    return sizes
+    return _to_disk(_Work(turn, context=context, given=TAG, stop=stop), source, target)
 
 
-def unseal(key: bytes, context: str, sizes: Mapping[str, int], source: Path, target: Path) -> None:
+def copy(source: Path, target: Path, stop: threading.Event) -> dict[str, int]:
+    """The same without sealing anything."""
+    return _to_disk(_Work(lambda room, _nonce, _about, _into: room, stop=stop), source, target)
+
+
+def unseal(
+    key: bytes,
+    context: str,
+    sizes: Mapping[str, int],
+    source: Path,
+    target: Path,
+    *,
+    piece: int = PIECE,
+    near: Callable[[], None] = lambda: None,
+) -> None:
     """The plain files again.
+
+    Args:
+        piece: As `PIECE` was when they were sealed.
+        near: Called when it will not take long any more; from then on whoever opens a file waits until it is whole. Not
+            where files can't be held so.
 
     Raises:
         OSError: There is no room for them.
-        EngineError: They are not what was sealed: damaged, cut, or another snapshot's.
+        EngineError: They are not what was sealed: damaged, cut, or another snapshot's; or it took too long.
     """
     cipher = AESGCM(key)
 
-    def piece(room: memoryview, nonce: bytes, about: bytes, into: memoryview) -> None:
+    def turn(room: memoryview, nonce: bytes, about: bytes, into: memoryview) -> memoryview:
         cipher.decrypt_into(nonce, room, about, into)
+        return into
 
+    work = _Work(turn, context=context, piece=piece, taken=TAG)
     try:
-        _each_piece(sizes, context, source, target, threading.Event(), piece, taken=TAG, given=0)
+        with _created(target, sizes) as writing, holding(writing.values(), sum(sizes.values()), near) as held:
+            for number, name in enumerate(sorted(sizes)):
+                with _opened(source / name) as reading:
+                    work.file(number, name, sizes[name], reading, writing[name], held.tell, held.check)
     except InvalidTag:
         msg = f"The snapshot {context!r} is damaged: its bytes are not those that were written. It cannot be resumed."
         raise EngineError(msg, op="restore") from None
 
 
-Turn = Callable[[memoryview, bytes, bytes, memoryview], None]
-"""Seals or opens a piece: what was read, its nonce, what it is a piece of, and where the outcome goes."""
+def _to_disk(work: _Work, source: Path, target: Path) -> dict[str, int]:
+    sizes = {path.name: path.stat().st_size for path in source.iterdir()}
+    with _created(target, sizes) as writing:
+        for number, name in enumerate(sorted(sizes)):
+            with _opened(source / name) as reading, _syncing(writing[name]):
+                work.file(number, name, sizes[name], reading, writing[name])
+    return sizes
 
 
-def _each_piece(
-    sizes: Mapping[str, int],
-    context: str,
-    source: Path,
-    target: Path,
-    stop: threading.Event,
-    turn: Turn,
-    *,
-    taken: int,
-    given: int,
-) -> None:
-    """Turn every piece of every file; what is read is longer by `taken` than when plain, what is written by `given`."""
-    for number, name in enumerate(sorted(sizes)):
-        reading = os.open(source / name, os.O_RDONLY)
-        try:
-            writing = os.open(target / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-            try:
-                about = f"{context}\0{name}\0{sizes[name]}".encode()
-                _each_of_file(sizes[name], number, about, reading, writing, stop, turn, taken=taken, given=given)
-            finally:
-                os.close(writing)
-        finally:
-            os.close(reading)
+Turn = Callable[[memoryview, bytes, bytes, memoryview], memoryview]
+"""What is done to a piece: of what was read, its nonce, what it is a piece of, and room, it makes what is written."""
 
 
-def _each_of_file(
-    size: int,
-    number: int,
-    about: bytes,
-    reading: int,
-    writing: int,
-    stop: threading.Event,
-    turn: Turn,
-    *,
-    taken: int,
-    given: int,
-) -> None:
-    pieces = -(-size // PIECE)
+@dataclass(frozen=True)
+class _Work:
+    """Turns every piece of a file; what is read is longer by `taken` than when plain, what is written by `given`."""
 
-    def work(first: int) -> None:
-        room, into = memoryview(bytearray(PIECE + taken)), memoryview(bytearray(PIECE + given))
-        # Side by side, so that the file grows from its beginning on, as disks like it.
-        for at in range(first, pieces, _THREADS):
-            if stop.is_set():
-                raise GivenUpError
-            plain = min(PIECE, size - at * PIECE)
-            _read(reading, room[: plain + taken], at * (PIECE + taken))
-            turn(room[: plain + taken], _NONCE.pack(number, at), about, into[: plain + given])
-            _write(writing, into[: plain + given], at * (PIECE + given))
+    turn: Turn
+    context: str = ""
+    piece: int = PIECE
+    taken: int = 0
+    given: int = 0
+    stop: threading.Event = field(default_factory=threading.Event)
 
-    with _syncing(writing), ThreadPoolExecutor(_THREADS) as threads:
-        for done in [threads.submit(work, first) for first in range(min(_THREADS, pieces))]:
-            done.result()
+    def file(
+        self,
+        number: int,
+        name: str,
+        size: int,
+        reading: int,
+        writing: int,
+        tell: Callable[[int], None] = lambda _size: None,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """The whole of one.
+
+        Args:
+            tell: Told of the plain bytes of each piece that is written.
+            check: Called before the last one is, without which the file is shorter than it should be.
+        """
+        last = -(-size // self.piece) - 1
+        about = f"{self.context}\0{name}\0{size}".encode()
+
+        def work(first: int, end: int) -> None:
+            room, into = memoryview(bytearray(self.piece + self.taken)), memoryview(bytearray(self.piece + self.given))
+            # Side by side, so that the file grows from its beginning on, as disks like it.
+            for at in range(first, end, _THREADS):
+                if self.stop.is_set():
+                    raise GivenUpError
+                plain = min(self.piece, size - at * self.piece)
+                _read(reading, room[: plain + self.taken], at * (self.piece + self.taken))
+                nonce = _NONCE.pack(number, at)
+                turned = self.turn(room[: plain + self.taken], nonce, about, into[: plain + self.given])
+                _write(writing, turned, at * (self.piece + self.given))
+                tell(plain)
+
+        with ThreadPoolExecutor(_THREADS) as threads:
+            for done in [threads.submit(work, first, last) for first in range(min(_THREADS, last))]:
+                done.result()
+        check()
+        work(max(0, last), last + 1)
+
+
+@contextlib.contextmanager
+def _created(directory: Path, names: Mapping[str, int]) -> Iterator[dict[str, int]]:
+    """New files, open for writing."""
+    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
+    with contextlib.ExitStack() as files:
+        yield {name: files.enter_context(_opened(directory / name, flags)) for name in sorted(names)}
+
+
+@contextlib.contextmanager
+def _opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
+    fd = os.open(path, flags, 0o600)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 @contextlib.contextmanager

@@ -24,10 +24,11 @@ from sandbox_tools.engine.api import Engine
 from sandbox_tools.engine.bounds import DEFAULT_DISK_MB, Bounds
 from sandbox_tools.engine.exclusive import AlreadyRunningError, sole_engine
 from sandbox_tools.engine.front import Front
+from sandbox_tools.engine.memory import Memory
 from sandbox_tools.engine.retention import DEFAULT_DAYS
 from sandbox_tools.engine.rotation import move_all
 from sandbox_tools.engine.runsc import Runsc
-from sandbox_tools.engine.store import Store, memory_directory
+from sandbox_tools.engine.store import Store
 from sandbox_tools.engine.supervisor import Supervisor
 from sandbox_tools.engine.templates import DEFAULT_MEMORY_MB, prepare
 from sandbox_tools.engine.tls import Certificates, names_of
@@ -111,7 +112,7 @@ def run(
     try:
         with sole_engine(state_dir):
             engine = Engine()
-            store = Store(keys.load(state_dir, key_file), memory_directory(state_dir)) if encryption else Store()
+            store = Store(keys.load(state_dir, key_file) if encryption else None, _memory(state_dir, encryption))
             listeners = [Listener(socket=_listen(state_dir, uds, host, port))]
             if host is not None:
                 if api_key is None:
@@ -142,6 +143,15 @@ def run(
         return 1
 
     return 0
+
+
+def _memory(state_dir: Path, needed: bool) -> Memory | None:
+    try:
+        return Memory.of(state_dir)
+    except ConfigError:
+        if needed:
+            raise
+        return None
 
 
 class _Server(uvicorn.Server):

@@ -14,8 +14,8 @@ from sandbox_tools.errors import EngineError
 FORMAT = 2
 """Raised when an engine can no longer speak with the guests in older images. 2: larger frames in the tunnel."""
 
-SEALED = 3
-"""The format of an image whose files are sealed, which older engines can't read."""
+SEALED = 4
+"""The format of an image whose files are sealed. 3: in pieces of 1 MiB, which it does not tell."""
 
 MANIFEST = "manifest.json"
 DESCRIPTION = "snapshot.json"
@@ -39,6 +39,8 @@ class Sealed(BaseModel):
     """What it was sealed as; a copy elsewhere can't pass for another snapshot."""
     sizes: dict[str, int]
     """Bytes of each file when it is plain."""
+    piece: int = 1 << 20
+    """Bytes of each piece that was sealed by itself, when plain."""
 
 
 class Manifest(BaseModel):
@@ -114,9 +116,10 @@ def verify(path: Path, *, cpu: str) -> Manifest:
         msg = f"The snapshot {path.name!r} is missing or torn ({type(error).__name__}). It cannot be resumed."
         raise EngineError(msg, op="restore") from error
 
-    expected = FORMAT if manifest.sealed is None else SEALED
-    if manifest.format != expected:
-        msg = f"The snapshot {path.name!r} has format {manifest.format}, not {expected}. Use the engine that wrote it."
+    readable = (FORMAT,) if manifest.sealed is None else (3, SEALED)
+    if manifest.format not in readable:
+        known = readable[-1]
+        msg = f"The snapshot {path.name!r} has format {manifest.format}, not {known}. Use the engine that wrote it."
         raise EngineError(msg, op="restore")
     if sizes != manifest.files:
         msg = f"The snapshot {path.name!r} is torn: file sizes differ from its manifest. It cannot be resumed."

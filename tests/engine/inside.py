@@ -14,10 +14,11 @@ import uvicorn
 
 from sandbox_tools.engine import keys
 from sandbox_tools.engine.front import Front
+from sandbox_tools.engine.memory import Memory
 from sandbox_tools.engine.operations import Engine
 from sandbox_tools.engine.runsc import Runsc
 from sandbox_tools.engine.serve import _listen, _Server
-from sandbox_tools.engine.store import Store, memory_directory
+from sandbox_tools.engine.store import Store
 from sandbox_tools.engine.supervisor import Supervisor
 from sandbox_tools.engine.templates import prepare
 from tests.conftest import own_state
@@ -79,7 +80,7 @@ class EngineInside(EngineProcess):
             self._templates,
             template,
             runtime,
-            store=Store(keys.load(self.state), memory_directory(self.state)),
+            store=Store(keys.load(self.state), Memory.of(self.state)),
             now=self.now,
             max_sandboxes=self._most,
         )

@@ -15,7 +15,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sandbox_tools.engine.store import memory_directory
 from tests.conftest import own_state
 from tests.machine import Box, EngineProcess
 
@@ -100,7 +99,7 @@ def check(engine: EngineProcess, users: list[User]) -> None:
         images = [path.name for path in (engine.state / "snapshots" / name).glob("*")]
         assert len(images) == (1 if row["state"] == "paused" else 0), images
     assert {path.name for path in (engine.state / "sandboxes").iterdir()} == set(rows)
-    assert list(memory_directory(engine.state).iterdir()) == []
+    assert engine.plain_images() == []
 
     for sandbox_id in rows:
         # One whose create was not answered is nobody's, but whole.

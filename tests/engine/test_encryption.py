@@ -15,7 +15,6 @@ from pathlib import Path
 import httpx
 import pytest
 
-from sandbox_tools.engine.store import memory_directory
 from tests.conftest import as_root, own_state
 from tests.machine import EngineProcess
 
@@ -50,7 +49,7 @@ def test_what_a_paused_sandbox_a_snapshot_and_a_fork_held_can_be_read_nowhere_on
     box.post("pause")
 
     assert files_with_the_mark(own_engine.state) == []
-    assert list(memory_directory(own_engine.state).iterdir()) == []
+    assert own_engine.plain_images() == []
     for sandbox in (box, own_engine.create(templateID=taken)):
         sandbox.post("connect", timeout=600)
         assert sandbox.value("mark, open('/home/user/mark').read() == mark * 10000") == f"('{MARK}', True)"
@@ -78,7 +77,7 @@ def test_an_engine_killed_in_the_middle_of_a_pause_leaves_nothing_to_be_read_on_
 
     assert files_with_the_mark(own_engine.state) == []
     own_engine.start()
-    assert list(memory_directory(own_engine.state).iterdir()) == []
+    assert own_engine.plain_images() == []
     box.post("connect", timeout=600)
     assert box.value("mark") == MARK
 

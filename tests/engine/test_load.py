@@ -11,7 +11,6 @@ import httpx
 import psutil
 import pytest
 
-from sandbox_tools.engine.store import memory_directory
 from tests.conftest import own_state
 from tests.machine import Box, EngineProcess
 
@@ -42,7 +41,7 @@ def left(engine: EngineProcess) -> Counter[str]:
     )
     for where in ("sandboxes", "snapshots", "saved", "runsc"):
         counted[where] = len(list((engine.state / where).glob("*")))
-    counted["plain images"] = len(list(memory_directory(engine.state).iterdir()))
+    counted["plain images"] = len(engine.plain_images())
     counted["containers"] = len(engine.containers())
     return counted
 

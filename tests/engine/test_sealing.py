@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from sandbox_tools.engine import keys, sealing
 from sandbox_tools.engine.keys import Keyring
+from sandbox_tools.engine.memory import Memory
 from sandbox_tools.engine.rotation import rotate
 from sandbox_tools.engine.sealing import PIECE, TAG
 from sandbox_tools.engine.snapshots import MANIFEST, Manifest, commit
-from sandbox_tools.engine.store import Store, memory_directory
+from sandbox_tools.engine.store import Store
 from sandbox_tools.errors import ConfigError, EngineError
 
 KEY = secrets.token_bytes(32)
@@ -154,7 +155,7 @@ def snapshot(state: Path, store: Store, where: str) -> Path:
 
 
 async def test_a_rotation_puts_every_snapshot_under_the_new_key_and_forgets_the_old_one(tmp_path: Path) -> None:
-    store = Store(keys.load(tmp_path), memory_directory(tmp_path))
+    store = Store(keys.load(tmp_path), Memory.of(tmp_path))
     made = [snapshot(tmp_path, store, where) for where in ("snapshots/box/1", "snapshots/box/2", "saved/3")]
     old = (tmp_path / "snapshot.key").read_text()
 
@@ -162,7 +163,7 @@ async def test_a_rotation_puts_every_snapshot_under_the_new_key_and_forgets_the_
 
     assert (outcome.moved, outcome.lost) == (3, ())
     assert old not in (tmp_path / "snapshot.key").read_text()
-    after = Store(keys.load(tmp_path), memory_directory(tmp_path))
+    after = Store(keys.load(tmp_path), Memory.of(tmp_path))
     for each in made:
         assert Manifest.model_validate_json((each / MANIFEST).read_bytes()).sealed.key_id == outcome.key_id  # type: ignore[union-attr]
         async with after.opened(each, cpu="c") as plain:
@@ -177,7 +178,7 @@ async def test_a_rotation_puts_every_snapshot_under_the_new_key_and_forgets_the_
 async def test_a_rotation_that_dies_anywhere_leaves_every_snapshot_open_and_is_ended_by_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies_at: int
 ) -> None:
-    store = Store(keys.load(tmp_path), memory_directory(tmp_path))
+    store = Store(keys.load(tmp_path), Memory.of(tmp_path))
     made = [snapshot(tmp_path, store, f"snapshots/box/{number}") for number in range(3)]
     writes = 0
 
@@ -199,37 +200,9 @@ async def test_a_rotation_that_dies_anywhere_leaves_every_snapshot_open_and_is_e
             rotate(tmp_path, None)
 
     for _ in range(2):
-        now = Store(keys.load(tmp_path), memory_directory(tmp_path))
+        now = Store(keys.load(tmp_path), Memory.of(tmp_path))
         for each in made:
             async with now.opened(each, cpu="c") as plain:
                 assert (plain / "pages.img").read_bytes() == b"secret" * 1000
         rotate(tmp_path, None)
     now.stop()
-
-
-def test_where_plain_images_may_be_for_a_moment_is_memory_and_nobody_elses(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = memory_directory(tmp_path)
-    assert path.stat().st_mode & 0o777 == 0o700
-    path.chmod(0o755)
-    with pytest.raises(ConfigError, match="others may read"):
-        memory_directory(tmp_path)
-    path.rmdir()
-    path.symlink_to(tmp_path)
-    with pytest.raises(ConfigError, match="somebody else's"):
-        memory_directory(tmp_path)
-    path.unlink()
-
-    monkeypatch.setenv("SANDBOX_TOOLS_MEMORY_DIR", str(Path(__file__).parent))
-    with pytest.raises(ConfigError, match="not in memory"):
-        memory_directory(tmp_path)
-
-
-def test_an_image_that_memory_has_no_room_for_is_refused_before_it_is_written(tmp_path: Path) -> None:
-    store = Store(keys.load(tmp_path), memory_directory(tmp_path))
-    with pytest.raises(EngineError, match="larger tmpfs"):
-        store.begin(tmp_path / "1", 1 << 50)
-    assert list(tmp_path.iterdir()) == [tmp_path / "snapshot.key"]
-    assert list(memory_directory(tmp_path).iterdir()) == []
-    store.stop()

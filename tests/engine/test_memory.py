@@ -1,0 +1,183 @@
+"""Plain images are in memory only, which is the engine's alone, and whoever needs one gets all of it or nothing."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+
+from sandbox_tools.engine import held, keys, sealing
+from sandbox_tools.engine.memory import Memory, place
+from sandbox_tools.engine.sealing import PIECE
+from sandbox_tools.engine.store import Store
+from sandbox_tools.errors import ConfigError, EngineError
+from tests.conftest import as_root
+from tests.machine import plain_images
+
+KEY = secrets.token_bytes(32)
+
+
+@as_root
+def test_roots_engine_has_a_tmpfs_that_nobody_else_finds_and_that_goes_with_its_process(tmp_path: Path) -> None:
+    before = Path("/proc/self/mountinfo").read_text()
+    memory = Memory.of(tmp_path)
+    with memory.room(1 << 20) as room:
+        (room / "pages.img").write_bytes(b"secret")
+
+    assert plain_images(os.getpid(), tmp_path) == [room]
+    assert Path("/proc/self/mountinfo").read_text() == before
+    # What the engine starts gets there by the name of its descriptor.
+    assert subprocess.run(["cat", room / "pages.img"], check=True, capture_output=True).stdout == b"secret"
+    memory.stop()
+    assert plain_images(os.getpid(), tmp_path) == []
+    assert place()[0] == "a tmpfs of the engine's own"
+
+
+def test_memory_that_is_named_is_taken_if_it_is_memory_and_nobody_elses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SANDBOX_TOOLS_MEMORY_DIR", "/dev/shm")
+    path = Memory.of(tmp_path).path
+    assert path.parent == Path("/dev/shm")
+    assert path.stat().st_mode & 0o777 == 0o700
+    path.chmod(0o755)
+    with pytest.raises(ConfigError, match="others may read"):
+        Memory.of(tmp_path)
+    path.rmdir()
+    path.symlink_to(tmp_path)
+    with pytest.raises(ConfigError, match="somebody else's"):
+        Memory.of(tmp_path)
+    path.unlink()
+
+    monkeypatch.setenv("SANDBOX_TOOLS_MEMORY_DIR", str(Path(__file__).parent))
+    with pytest.raises(ConfigError, match="not in memory"):
+        Memory.of(tmp_path)
+
+
+def test_what_a_crash_left_in_memory_is_removed_and_its_directory_stays_this_engines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SANDBOX_TOOLS_MEMORY_DIR", "/dev/shm")
+    crashed = Memory.of(tmp_path)
+    with crashed.room(1 << 20) as room:
+        (room / "pages.img").write_bytes(b"secret")
+    number = crashed.path.stat().st_ino
+
+    after = Memory.of(tmp_path)
+    after.start()
+
+    assert list(after.path.iterdir()) == []
+    assert after.path.stat().st_ino == number
+    after.stop()
+    assert not after.path.exists()
+
+
+def test_an_image_that_memory_has_no_room_for_is_refused_before_it_is_written(tmp_path: Path) -> None:
+    store = Store(keys.load(tmp_path), Memory.of(tmp_path))
+    with pytest.raises(EngineError, match="larger tmpfs"):
+        store.begin(tmp_path / "1", 1 << 50)
+    assert list(tmp_path.iterdir()) == [tmp_path / "snapshot.key"]
+    assert plain_images(os.getpid(), tmp_path) == []
+    store.stop()
+
+
+def test_what_is_not_sealed_goes_through_memory_if_there_is_room_and_straight_to_the_disk_if_not(
+    tmp_path: Path,
+) -> None:
+    content = secrets.token_bytes(3 * PIECE + 5)
+    store = Store(memory=Memory.of(tmp_path))
+    for name, need in (("1", 1 << 20), ("2", 1 << 50)):
+        draft = store.begin(tmp_path / name, need)
+        assert (draft.path == draft.partial) == (need == 1 << 50)
+        (draft.path / "pages.img").write_bytes(content)
+
+        assert store.seal(draft) is None
+
+        assert (draft.partial / "pages.img").read_bytes() == content
+        store.drop(draft)
+    assert list(tmp_path.iterdir()) == plain_images(os.getpid(), tmp_path) == []
+    store.stop()
+
+
+@pytest.fixture
+def sealed(tmp_path: Path) -> tuple[Path, dict[str, bytes]]:
+    """A directory of sealed files, and what is in them."""
+    files = {"checkpoint.img": secrets.token_bytes(1000), "pages.img": secrets.token_bytes(20 * PIECE + 9)}
+    plain, target = tmp_path / "plain", tmp_path / "sealed"
+    plain.mkdir()
+    target.mkdir()
+    for name, content in files.items():
+        (plain / name).write_bytes(content)
+    sealing.seal(KEY, "box/1", plain, target, threading.Event())
+    return target, files
+
+
+def test_whoever_opens_a_file_before_it_is_whole_waits_and_gets_the_whole(
+    tmp_path: Path, sealed: tuple[Path, dict[str, bytes]]
+) -> None:
+    source, files = sealed
+    sizes = {name: len(content) for name, content in files.items()}
+    got: dict[str, bytes] = {}
+
+    for number in range(20):
+        target = tmp_path / f"opened-{number}"
+        target.mkdir()
+
+        def read(target: Path = target) -> None:
+            got.update({name: (target / name).read_bytes() for name in files})
+
+        reading = threading.Thread(target=read)
+        # Called before the first piece is there.
+        sealing.unseal(KEY, "box/1", sizes, source, target, near=reading.start)
+        reading.join()
+        assert got == files
+
+
+def test_whoever_opens_a_file_that_proves_damaged_or_takes_too_long_gets_nothing_of_it(
+    tmp_path: Path, sealed: tuple[Path, dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, files = sealed
+    sizes = {name: len(content) for name, content in files.items()}
+    got: list[bytes] = []
+
+    def fails(name: str, why: str) -> None:
+        target = tmp_path / name
+        target.mkdir()
+        reading = threading.Thread(target=lambda: got.append((target / "pages.img").read_bytes()))
+        with pytest.raises(EngineError, match=why):
+            sealing.unseal(KEY, "box/1", sizes, source, target, near=reading.start)
+        reading.join()
+
+    with monkeypatch.context() as patch:
+        # As if the kernel had taken the leases away by the time that the last piece is written.
+        patch.setattr(held, "_break_seconds", lambda: 1e-9)
+        fails("late", "too long")
+    whole = bytearray((source / "pages.img").read_bytes())
+    whole[-1] ^= 1
+    (source / "pages.img").write_bytes(whole)
+    fails("damaged", "damaged")
+
+    assert got == [b"", b""]
+
+
+def test_a_disk_that_fails_while_more_is_written_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel tells of it once, and the sync at the end would know nothing."""
+    plain, target = tmp_path / "plain", tmp_path / "sealed"
+    plain.mkdir()
+    target.mkdir()
+    (plain / "pages.img").write_bytes(bytes(64 * PIECE))
+    told = []
+
+    def fail_once(fd: int) -> None:
+        if not told:
+            told.append(fd)
+            raise OSError(errno.EIO, "failed")
+
+    monkeypatch.setattr(os, "fdatasync", fail_once)
+    with pytest.raises(OSError, match="failed"):
+        sealing.seal(KEY, "box/1", plain, target, threading.Event())
