@@ -210,6 +210,13 @@ class Box:
             time.sleep(0.05)
         raise AssertionError(info)
 
+    def wait_for_no_process(self) -> None:
+        """That it was ended is answered before it is."""
+        deadline = time.monotonic() + PATIENCE
+        while any(name.startswith(self.id) for name in self.engine.containers()):
+            assert time.monotonic() < deadline, self.engine.containers()
+            time.sleep(0.01)
+
     def wait_gone(self) -> str:
         """The engine's words, once the sandbox is no more."""
         deadline = time.monotonic() + PATIENCE

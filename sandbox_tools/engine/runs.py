@@ -95,7 +95,10 @@ class Runs:
     async def end_run(self, entry: Entry, reason: str) -> None:
         """End its container, and remove it; traffic under way breaks for that reason."""
         self.let_go(entry, reason)
-        container = self.container(entry)
+        await self.end_container(self.container(entry))
+
+    async def end_container(self, container: Container) -> None:
+        """End it, and remove what it had."""
         await self.runtime.kill(container)
         await remove(container.directory)
 

@@ -38,12 +38,19 @@ class Writing:
         self._given_up: set[asyncio.Future[None]] = set()
 
     async def write(
-        self, container: Container, final: Path, *, wanted: asyncio.Event, description: str | None = None
+        self,
+        container: Container,
+        final: Path,
+        *,
+        wanted: asyncio.Event,
+        running: bool = False,
+        description: str | None = None,
     ) -> snapshots.Manifest:
         """An image of a container whose tasks stand still, and do so afterwards.
 
         Args:
             final: Where the snapshot will be; a name that was never used before.
+            running: They run, and are to stand still no sooner than its turn has come.
             wanted: Give it up as soon as this is set. What the runtime has begun it ends first.
             description: Kept with the image, as `snapshots.DESCRIPTION`. None: there is none.
 
@@ -54,6 +61,8 @@ class Writing:
         """
         await self._turn(wanted)
         try:
+            if running:
+                await self._runtime.freeze(container)
             need = await asyncio.to_thread(self._runtime.image_bytes, container)
             async with self._quota.room(need):
                 draft = await asyncio.to_thread(self._store.begin, final, need)

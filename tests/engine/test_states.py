@@ -74,7 +74,7 @@ def test_a_paused_sandbox_holds_no_memory_and_no_process(box: Box) -> None:
     info = box.info()
     assert (info["state"], info["residentBytes"]) == ("paused", 0)
     assert info["snapshotBytes"] > 0
-    assert not [name for name in box.engine.containers() if name.startswith(box.id)]
+    box.wait_for_no_process()
 
 
 def test_pausing_twice_is_a_conflict_and_joining_a_pause_is_not(box: Box) -> None:
