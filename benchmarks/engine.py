@@ -55,6 +55,9 @@ STEPS = (CREATE, READY, ROUND_TRIP, FREEZE, THAW, PAUSE, PLAIN_PAUSE, RESUME, PL
 BARE = {READY: CREATE, PLAIN_PAUSE: PAUSE, PLAIN_RESUME: RESUME}
 """What stands beside a step that bare `runsc` knows under another name."""
 
+# Seconds after a pause in which a gigabyte of memory is taken down; nobody resumes a sandbox at the moment it sleeps.
+LET_GO = 0.5
+
 # How often each is frozen, and for how many seconds an idle one is watched.
 FREEZES, WATCHED = 10, 20.0
 
@@ -142,6 +145,7 @@ async def bare_round(template: Template, work: Path, name: str, mb: int, into: S
         into[THAW].append(await seconds(first.thaw))
     first.tunnel.detach("checkpoint")
     into[PAUSE].append(await seconds(lambda: first.checkpoint(image)))
+    await asyncio.sleep(LET_GO)
     into[RESUME].append(await seconds(resume))
     await second.end()
     await first.end()
@@ -185,6 +189,7 @@ async def pause_and_resume(sandbox: Sandbox, pauses: list[float], resumes: list[
         await sandbox.run_code("1+1")
 
     pauses.append(await seconds(sandbox.pause))
+    await asyncio.sleep(LET_GO)
     resumes.append(await seconds(resume))
     await sandbox.kill()
 

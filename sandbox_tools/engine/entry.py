@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from datetime import datetime
 from typing import Literal
 
 from sandbox_tools.engine.listing import micros
@@ -29,16 +28,17 @@ class Entry:
         # Set while somebody waits to have it running.
         self.wanted = asyncio.Event()
         self._wanting = 0
-        self._starts: tuple[datetime, tuple[int, ...]] | None = None
+        self._row: tuple[Record, tuple[str, tuple[int, ...], Entry]] | None = None
         self.watch: asyncio.Task[None] | None = None
 
     @property
-    def starts(self) -> tuple[int, ...]:
-        """When its runs began, newest first, as a listing goes by them."""
-        latest = self.record.started_at
-        if self._starts is None or self._starts[0] is not latest:
-            self._starts = latest, tuple(micros(start) for start in (latest, *self.record.earlier_starts))
-        return self._starts[1]
+    def row(self) -> tuple[str, tuple[int, ...], Entry]:
+        """It as a `listing.Row`; kept, as there may be thousands for a page of a hundred."""
+        record = self.record
+        if self._row is None or self._row[0] is not record:
+            starts = (record.started_at, *record.earlier_starts)
+            self._row = record, (record.id, tuple(micros(start) for start in starts), self)
+        return self._row[1]
 
     @property
     def awake(self) -> bool:

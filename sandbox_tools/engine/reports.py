@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
 from datetime import datetime
 
 from sandbox_tools.engine.bodies import (
@@ -70,7 +69,7 @@ async def list_running(call: Call) -> Answer:
     found = [
         each for each in call.supervisor.entries() if _state(each) == "running" and has(each.record.metadata, wanted)
     ]
-    entries, _ = page(_rows(found), limit=None, order=None, token=None, now=call.supervisor.now())
+    entries, _ = page([entry.row for entry in found], limit=None, order=None, token=None, now=call.supervisor.now())
     return Answer(content=[_info(call, entry) for entry in entries])
 
 
@@ -93,7 +92,11 @@ async def list_all(call: Call) -> Answer:
     states = query.state.split(",")
     found = (running if "running" in states else []) + (paused if "paused" in states else [])
     entries, token = page(
-        _rows(found), limit=query.limit, order=query.order, token=query.next_token, now=call.supervisor.now()
+        [entry.row for entry in found],
+        limit=query.limit,
+        order=query.order,
+        token=query.next_token,
+        now=call.supervisor.now(),
     )
     headers = {"X-Next-Token": token} if token else {}
     if "running" in states:
@@ -109,10 +112,6 @@ def _template_name(reference: str | None) -> str | None:
         msg = f"Invalid template filter: {reference!r} has a tag. Leave it out."
         raise ConfigError(msg, op="list")
     return name
-
-
-def _rows(entries: Iterable[Entry]) -> Iterator[tuple[str, tuple[int, ...], Entry]]:
-    return ((entry.record.id, entry.starts, entry) for entry in entries)
 
 
 def _state(entry: Entry) -> State:
