@@ -103,10 +103,9 @@ key_file = click.option(
 @click.option(
     "--disk-mb",
     type=click.IntRange(0),
-    default=10240,
-    show_default=True,
     metavar="MB",
-    help="What a sandbox may write to its files, in whole GiB, 8 at least beside 2 GB of memory; 0: no limit.",
+    help="What a sandbox may write to its files at most, in whole GiB, 8 at least beside 2 GB of memory; 0: as much as "
+    "there is.  [default: as its template says, or 10240]",
 )
 @click.option(
     "--cpus",

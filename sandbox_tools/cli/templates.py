@@ -42,6 +42,9 @@ def template() -> None:
 @click.option(
     "--cpu", type=float, metavar="CORES", help="CPU time each may use, where the engine is root.  [default: all]"
 )
+@click.option(
+    "--disk-mb", type=int, metavar="MB", help="What each may write to its files, in whole GiB.  [default: 10240]"
+)
 @as_json
 @state_dir
 @click.pass_context
@@ -132,6 +135,8 @@ def _words(recipe: Any) -> str:
     words += [f"{what}: {command}" for what in ("start", "ready") if (command := getattr(recipe, what))]
     if recipe.memory_mb:
         words.append(f"{recipe.memory_mb} MB")
+    if recipe.disk_mb:
+        words.append(f"{recipe.disk_mb} MB of disk")
     if recipe.cpu:
         words.append(f"{recipe.cpu:g} cores")
     return "; ".join(words) or "the standard root file system"

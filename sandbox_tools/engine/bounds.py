@@ -48,12 +48,13 @@ class Bounds:
 
     Attributes:
         disk_mb: MB that it may write to its files, rounded up to whole GiB, and `least_disk_mb` at least, as the
-            limit holds for what gVisor keeps of memory and processes as well. 0: no limit.
+            limit holds for what gVisor keeps of memory and processes as well. 0: no limit. None: as its template says,
+            or `DEFAULT_DISK_MB`.
         cpus: Cores' worth of CPU time; only root's engine can enforce it. None: as its template says.
         internet: Whether those that were created while this was so reach the internet, unless they were not to.
     """
 
-    disk_mb: int = DEFAULT_DISK_MB
+    disk_mb: int | None = None
     cpus: float | None = None
     internet: bool = False
 
@@ -82,8 +83,16 @@ class Bounds:
         quota = resources.get("cpu", {}).get("quota")
         if self.cpus is not None and (quota is None or quota > self.cpus * _PERIOD):
             resources = {**resources, "cpu": {"quota": max(1000, round(self.cpus * _PERIOD)), "period": _PERIOD}}
-        annotations = {**config.get("annotations", {}), DISK: str(self.disk_mb)}
+        own = config.get("annotations", {})
+        annotations = {**own, DISK: str(self.disk(int(own[DISK]) if DISK in own else None))}
         return {**config, "annotations": annotations, "linux": {**config["linux"], "resources": resources}}
+
+    def disk(self, of_template: int | None) -> int:
+        """What a sandbox may write to its files, in MB, where its template says so much; 0: no limit."""
+        if self.disk_mb is None:
+            return DEFAULT_DISK_MB if of_template is None else of_template
+        # 0 is no limit here, and not the narrowest.
+        return min((each for each in (self.disk_mb, of_template) if each), default=0)
 
 
 def file_limit(bundle: Path) -> int | None:
@@ -94,7 +103,12 @@ def file_limit(bundle: Path) -> int | None:
         memory = int(config["linux"]["resources"]["memory"]["limit"])
     except (OSError, ValueError, KeyError):  # of a release that knew no such limit
         return None
-    return None if disk_mb == 0 else -(-max(disk_mb, least_disk_mb(memory >> 20)) // _STEP_MB) * _STEP_MB << 20
+    return None if disk_mb == 0 else size_in_force(disk_mb, memory >> 20) << 20
+
+
+def size_in_force(disk_mb: int, memory_mb: int) -> int:
+    """The limit, in MB, that comes of a wish for one."""
+    return -(-max(disk_mb, least_disk_mb(memory_mb)) // _STEP_MB) * _STEP_MB
 
 
 def least_disk_mb(memory_mb: int) -> int:

@@ -39,6 +39,7 @@ class Recipe(BaseModel):
         ready_seconds: How long that may take.
         memory_mb: Memory of each sandbox. None: 2048.
         cpu: Cores' worth of CPU time that each may use. None: all there are.
+        disk_mb: What each may write to its files, in MB; rounded up, as `Bounds.disk_mb`. None: 10240.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -53,6 +54,7 @@ class Recipe(BaseModel):
     ready_seconds: float = READY_SECONDS
     memory_mb: int | None = None
     cpu: float | None = None
+    disk_mb: int | None = None
 
 
 def is_name(name: str) -> bool:
@@ -116,6 +118,8 @@ def _problem(recipe: Recipe) -> str | None:
         return f"{recipe.memory_mb} MB are not enough for a sandbox. Give it {LEAST_MEMORY_MB} or more."
     if recipe.cpu is not None and not 0.05 <= recipe.cpu <= 1024:
         return f"{recipe.cpu:g} cores can't be given. Give 0.05 or more, such as 0.5 or 2."
+    if recipe.disk_mb is not None and recipe.disk_mb < 1:
+        return f"A disk of {recipe.disk_mb} MB can't be given. Give 1 or more; it is rounded up to whole GiB."
     if recipe.ready_seconds <= 0:
         return "The ready check needs more than 0 seconds."
     if recipe.start is not None and not recipe.start.strip():

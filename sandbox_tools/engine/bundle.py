@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sandbox_tools.engine.bounds import process_limits
+from sandbox_tools.engine.bounds import DISK, process_limits
 
 GUEST_PACKAGES = "/opt/sandbox-tools"
 """Where the guest's own code is mounted inside, read-only."""
@@ -44,7 +44,14 @@ _GUEST = [
 
 
 def bundle_config(
-    *, root: Path, guest: Path, memory_mb: int, cgroup: str | None, cpu: float | None = None, python: str = PYTHON
+    *,
+    root: Path,
+    guest: Path,
+    memory_mb: int,
+    cgroup: str | None,
+    cpu: float | None = None,
+    disk_mb: int | None = None,
+    python: str = PYTHON,
 ) -> dict[str, Any]:
     """The `config.json` of a sandbox.
 
@@ -57,6 +64,7 @@ def bundle_config(
         memory_mb: Shown inside as the machine's memory, and enforced where `cgroup` is given.
         cgroup: The control group to make for it. None where the user may not make one.
         cpu: Cores' worth of CPU time that it gets at most, where `cgroup` is given. None: all there are.
+        disk_mb: What it may write to its files, as `Bounds.disk_mb`. None: as the engine says.
         python: What runs the guest, by its path inside.
     """
     linux: dict[str, Any] = {
@@ -70,6 +78,7 @@ def bundle_config(
 
     return {
         "ociVersion": "1.0.2",
+        "annotations": {} if disk_mb is None else {DISK: str(disk_mb)},
         "hostname": "sandbox",
         "root": {"path": str(root), "readonly": False},
         "process": {

@@ -157,7 +157,7 @@ def _needed_images(directory: Path, facts: dict[str, dict[str, Any]]) -> set[str
                 and known["root"] == standard.name
                 and known["guest"] == templates.guest_digest()
                 and known["memory_mb"] == templates.DEFAULT_MEMORY_MB
-                and not known.keys() & {"start", "ready", "cpu"}
+                and not known.keys() & {"start", "ready", "cpu", "disk_mb"}
             ):
                 needed.add(each)
     return needed

@@ -90,6 +90,7 @@ async def _snapshot(supervisor: Supervisor, entry: Entry, name: str | None, memo
             memory_mb=record.memory_mb,
             memory=memory,
             cpu=record.cpu,
+            disk_mb=record.disk_mb,
             created_at=supervisor.now(),
         )
         final = supervisor.saved.path(taken.id)

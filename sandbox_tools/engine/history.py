@@ -38,6 +38,7 @@ class History:
                 runsc=paused.runsc,
                 memory_mb=paused.memory_mb,
                 cpu=paused.cpu,
+                disk_mb=paused.disk_mb,
                 memory=paused.pause_memory,
                 created_at=paused.end_at,
                 size=paused.snapshot_bytes,

@@ -70,6 +70,8 @@ class Record(BaseModel):
     memory_mb: int
     cpu: float | None = None
     """Cores' worth of CPU time that its template gives it. None: all there are."""
+    disk_mb: int | None = None
+    """What its template lets it write to its files, in MB. None: it does not say."""
     metadata: dict[str, str] = {}
     timeout: int = DEFAULT_TIMEOUT
     """Seconds asked for at its creation. Traffic that wakes it gives it as many, and `TRAFFIC_SECONDS` at least."""
@@ -210,6 +212,7 @@ def new_record(
         token=new_token(),
         memory_mb=origin.memory_mb,
         cpu=origin.cpu,
+        disk_mb=origin.disk_mb,
         metadata=request.metadata,
         timeout=timeout,
         auto_pause_memory=request.auto_pause_memory,

@@ -18,6 +18,7 @@ from sandbox_tools.engine.bodies import (
     MetricsQuery,
     SnapshotsQuery,
 )
+from sandbox_tools.engine.bounds import size_in_force
 from sandbox_tools.engine.entry import Entry
 from sandbox_tools.engine.journal import LEVELS, Line
 from sandbox_tools.engine.listing import Row, has, micros, page, parse_metadata
@@ -125,10 +126,14 @@ def _pausing(entry: Entry) -> bool:
 
 def _info(call: Call, entry: Entry) -> SandboxInfo:
     disk = os.statvfs(call.supervisor.lifecycle.sandboxes)
+    # What a sandbox may fill: it shares the disk of its host, up to a limit of its own.
+    size = disk.f_blocks * disk.f_frsize >> 20
+    limit = call.supervisor.bounds.disk(entry.record.disk_mb)
+    if limit:
+        size = min(size, size_in_force(limit, entry.record.memory_mb))
     return entry.record.info(call.supervisor.now(), pausing=_pausing(entry)).model_copy(
-        # What a sandbox may fill: it shares the disk of its host.
         update={
-            "disk_size_mb": disk.f_blocks * disk.f_frsize >> 20,
+            "disk_size_mb": size,
             "expires_at": call.supervisor.retention.ends_at(entry),
         }
     )

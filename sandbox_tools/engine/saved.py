@@ -32,6 +32,7 @@ class Origin:
         memory_mb: Memory of the machine in the image.
         memory: Whether processes come along; without, the new sandbox begins as after a reboot.
         cpu: Cores' worth of CPU time that the template gives. None: all there are.
+        disk_mb: What the template lets it write to its files, in MB. None: it does not say.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Origin:
     image: Path
     memory: bool = True
     cpu: float | None = None
+    disk_mb: int | None = None
 
 
 class Snapshot(BaseModel):
@@ -56,6 +58,7 @@ class Snapshot(BaseModel):
     memory_mb: int
     memory: bool
     cpu: float | None = None
+    disk_mb: int | None = None
     created_at: datetime
     size: int = 0
     """Bytes on disk; known once it is written."""
@@ -164,6 +167,7 @@ class Saved:
                 image=self.path(snapshot.id),
                 memory=snapshot.memory,
                 cpu=snapshot.cpu,
+                disk_mb=snapshot.disk_mb,
             )
         finally:
             held.users -= 1

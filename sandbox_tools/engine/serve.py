@@ -21,7 +21,7 @@ import uvicorn
 
 from sandbox_tools.engine import keys, pool
 from sandbox_tools.engine.api import Engine
-from sandbox_tools.engine.bounds import DEFAULT_DISK_MB, Bounds
+from sandbox_tools.engine.bounds import Bounds
 from sandbox_tools.engine.exclusive import AlreadyRunningError, sole_engine
 from sandbox_tools.engine.front import Front
 from sandbox_tools.engine.memory import Memory
@@ -68,7 +68,7 @@ def run(
     domain: str | None = None,
     api_key: str | None = None,
     memory_mb: int = DEFAULT_MEMORY_MB,
-    disk_mb: int = DEFAULT_DISK_MB,
+    disk_mb: int | None = None,
     cpus: float | None = None,
     allow_internet: bool = False,
     max_sandboxes: int | None = None,
@@ -93,7 +93,7 @@ def run(
             socket; on TCP one that needs no DNS, as clients take what precedes its `@` for a user name.
         api_key: What clients must send. None on a Unix socket: the socket's permissions decide.
         memory_mb: Memory of each sandbox.
-        disk_mb: What each may write to its files, as `Bounds.disk_mb`; 0: no limit.
+        disk_mb: What each may write to its files at most, as `Bounds.disk_mb`.
         cpus: Cores' worth of CPU time of each. None: as its template says.
         allow_internet: Whether new ones reach the internet, by HTTP through this process, unless they are not to.
         max_sandboxes: How many may run at a time; paused ones don't count. None: no limit.

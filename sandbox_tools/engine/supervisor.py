@@ -84,7 +84,7 @@ class Supervisor:
         self.now = now
         self.sandboxes = Sandboxes(most=max_sandboxes)
         self.store = store or Store()
-        self._bounds = bounds or Bounds()
+        self.bounds = bounds or Bounds()
         self.saved = Saved(state / "saved")
         self.quota = Quota(self.sandboxes.paused, self.saved, most=max_snapshot_bytes)
         self.lifecycle = Lifecycle(
@@ -94,7 +94,7 @@ class Supervisor:
             self.store,
             Writing(runtime, self.store, self.quota),
             history=History(self.saved),
-            bounds=self._bounds,
+            bounds=self.bounds,
             now=now,
             on_end=self._on_end,
         )
@@ -136,7 +136,7 @@ class Supervisor:
             ConflictError: The sandbox of that key is gone.
             EngineError: It could not be started; nothing of it is left.
         """
-        timeout, request = checked(request.timeout, "create"), self._bounds.granted(request)
+        timeout, request = checked(request.timeout, "create"), self.bounds.granted(request)
         waking = request.auto_resume is not None and request.auto_resume.enabled
         if not request.auto_pause_memory and (not request.auto_pause or waking):
             msg = "`autoPauseMemory` is false: that needs `autoPause`, and excludes `autoResume`."

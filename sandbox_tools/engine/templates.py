@@ -51,6 +51,8 @@ class Template:
     memory_mb: int
     cpu: float | None = None
     """Cores' worth of CPU time that each sandbox gets at most. None: all there are."""
+    disk_mb: int | None = None
+    """What each may write to its files, as `Bounds.disk_mb`. None: it does not say."""
     python: str = PYTHON
     """What runs the guest, by its path inside."""
 
@@ -62,6 +64,7 @@ class Template:
             runsc=self.runsc.name,
             memory_mb=self.memory_mb,
             cpu=self.cpu,
+            disk_mb=self.disk_mb,
             image=self.image,
         )
 
@@ -75,6 +78,7 @@ class Template:
             memory_mb=self.memory_mb,
             cgroup=cgroup,
             cpu=self.cpu,
+            disk_mb=self.disk_mb,
             python=self.python,
         )
 
@@ -100,6 +104,7 @@ def load(templates: Path, template_id: str) -> Template:
         runsc=templates / "runsc" / facts["runsc"],
         memory_mb=facts["memory_mb"],
         cpu=facts.get("cpu"),
+        disk_mb=facts.get("disk_mb"),
         python=facts.get("python", PYTHON),
     )
 
@@ -146,7 +151,13 @@ async def build(state: Path, templates: Path, recipe: Recipe, stage: Callable[[s
             add = partial(with_requirements, templates, roots[-1], recipe.requirements, runsc=tools.runsc)
             roots.append(await asyncio.to_thread(add, on_step=stage("Python packages")))
         facts = tools.facts(roots[-1], recipe.memory_mb or DEFAULT_MEMORY_MB)
-        own = {"cpu": recipe.cpu, "start": recipe.start, "ready": recipe.ready, "python": python_of(roots[-1])}
+        own = {
+            "cpu": recipe.cpu,
+            "disk_mb": recipe.disk_mb,
+            "start": recipe.start,
+            "ready": recipe.ready,
+            "python": python_of(roots[-1]),
+        }
         if own["python"] == PYTHON:
             del own["python"]
         facts |= {name: value for name, value in own.items() if value is not None}

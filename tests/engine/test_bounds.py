@@ -13,7 +13,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sandbox_tools.engine.bounds import Bounds, file_limit, least_disk_mb, limit_files, most_processes
+from sandbox_tools.engine.bounds import (
+    DEFAULT_DISK_MB,
+    Bounds,
+    file_limit,
+    least_disk_mb,
+    limit_files,
+    most_processes,
+    size_in_force,
+)
 from sandbox_tools.engine.bundle import bundle_config, write_bundle
 from tests.conftest import running_engine
 from tests.engine.attempts import Attempts
@@ -164,6 +172,20 @@ def test_the_file_limit_never_starves_what_it_is_not_meant_for(disk_mb: int, mem
     assert 0 <= limit - (max(disk_mb, least_disk_mb(memory_mb)) << 20) < GIB
     assert limit >= (memory_mb << 20) + GIB
     assert limit % GIB == 0
+
+
+@given(engine=st.none() | st.integers(0, 1 << 24), template=st.none() | st.integers(1, 1 << 24))
+def test_of_the_engines_and_the_templates_disk_the_narrower_counts(engine: int | None, template: int | None) -> None:
+    own = bundle_config(root=Path("/"), guest=Path("/"), memory_mb=2048, cgroup=None, disk_mb=template)
+    with tempfile.TemporaryDirectory() as directory:
+        write_bundle(Path(directory), Bounds(disk_mb=engine).applied(own))
+        limit = file_limit(Path(directory))
+
+    said = [each for each in (engine, template) if each]
+    if said:
+        assert limit == size_in_force(min(said), 2048) << 20
+    else:
+        assert limit == (None if engine == 0 else DEFAULT_DISK_MB << 20)
 
 
 def test_no_limit_is_none_and_a_bundle_of_an_earlier_release_has_none(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from sandbox_tools.engine import collection
+from sandbox_tools.engine.bounds import size_in_force
 from sandbox_tools.engine.builds import Recipe, checked, requirement_lines
 from sandbox_tools.engine.collection import Collected, collect, forget
 from sandbox_tools.engine.names import MARK, Names, used
@@ -59,6 +60,7 @@ MINE: dict[str, Any] = {
     "ready": READY,
     "memory_mb": 1024,
     "cpu": 0.5,
+    "disk_mb": 1,
 }
 
 
@@ -120,6 +122,18 @@ def test_a_template_bounds_the_cpu_that_a_sandbox_takes(shelf: Shelf) -> None:
         spin = "import time; a, b = time.time(), time.process_time()\nwhile time.time() < a + 3: pass\n"
         assert float(box.value(spin + "(time.process_time() - b) / 3")) < 0.75
         box.kill()
+
+
+def test_a_template_bounds_what_a_sandbox_writes_to_its_files(shelf: Shelf) -> None:
+    """In whole GiB, and no less than its memory and processes need."""
+    shelf.build(**MINE)
+    box = shelf.create("mine")
+    most = size_in_force(1, 1024)
+    assert box.info()["diskSizeMB"] == most < box.engine.create().info()["diskSizeMB"]
+
+    fill = f"import subprocess; subprocess.getoutput('fallocate -l {most + 1}M /home/user/big')"
+    assert "File too large" in box.value(fill)
+    box.engine.clear()
 
 
 def test_what_has_not_changed_is_not_made_again(shelf: Shelf) -> None:
