@@ -21,6 +21,7 @@ soak: setup postgres  ## The tests that take minutes
 
 bench: setup  ## Times beside bare runsc, a bare host, bare httpx and the vendor's client; TRACES=DIR adds the pause policies
 	@$(BIN)/python -m benchmarks.engine
+	@$(BIN)/python -m benchmarks.cold
 	@$(BIN)/python -m benchmarks.crowd
 	@$(BIN)/python -m benchmarks.traffic
 	@$(BIN)/python -m benchmarks.client

@@ -85,9 +85,9 @@ class Bare:
         self.container.pipes.make()
         self.tunnel.open_pipes()
 
-    async def restore(self, image: Path) -> None:
+    async def restore(self, image: Path, *more: str) -> None:
         with self.container.pipes.handed() as (stdin, stdout):
-            options = ("--detach", f"--bundle={self.container.bundle}", f"--image-path={image}")
+            options = ("--detach", f"--bundle={self.container.bundle}", f"--image-path={image}", *more)
             await asyncio.to_thread(self.call, "restore", *options, stdin=stdin, stdout=stdout)
         await self.tunnel.attach()
 
