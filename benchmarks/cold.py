@@ -24,7 +24,7 @@ from rich.table import Table
 from benchmarks.engine import FILL, FIRST, LET_GO, Bare, an_engine, seconds
 from benchmarks.figures import Samples, machine, milliseconds, options, ratio
 from sandbox_tools import Client
-from sandbox_tools.engine.memory import Memory
+from sandbox_tools.engine.images.memory import Memory
 from sandbox_tools.engine.templates import Template, prepare
 from sandbox_tools.paths import state_directory, templates_directory
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from sandbox_tools.engine.names import leave_user
+from sandbox_tools.engine.building.names import leave_user
 from sandbox_tools.engine.templates import prepare
 from sandbox_tools.paths import state_directory, templates_directory
 from tests.machine import EngineProcess

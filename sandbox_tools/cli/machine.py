@@ -150,8 +150,8 @@ def setup(state_dir: Path, as_json: bool) -> None:
     """Make this machine ready: runsc, the root file system, the warmed template."""
     with extra("local"):
         from sandbox_tools.engine import templates
-        from sandbox_tools.engine.install import check_machine, install_runsc, make_directory
-        from sandbox_tools.engine.roots import build_root
+        from sandbox_tools.engine.building.install import check_machine, install_runsc, make_directory
+        from sandbox_tools.engine.building.roots import build_root
 
     started = time.monotonic()
     templates_dir = templates_directory(state_dir)
@@ -202,7 +202,7 @@ def key() -> None:
 def rotate(state_dir: Path, key_file: Path | None, as_json: bool) -> int | None:
     """Make a new key, put every snapshot under it and forget the old ones; the engine must be stopped."""
     with extra("local"):
-        from sandbox_tools.engine import rotation
+        from sandbox_tools.engine.images import rotation
 
     with progress(quiet=as_json) as bars:
         task = bars.add_task("snapshots", total=None)

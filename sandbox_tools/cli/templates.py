@@ -16,7 +16,7 @@ from sandbox_tools.errors import ConfigError
 from sandbox_tools.paths import templates_directory
 
 if TYPE_CHECKING:
-    from sandbox_tools.engine.collection import Collected
+    from sandbox_tools.engine.building.collection import Collected
 
 _file = click.Path(path_type=Path, exists=True, dir_okay=False, resolve_path=True)
 _directory = click.Path(path_type=Path, exists=True, file_okay=False, resolve_path=True)
@@ -62,8 +62,8 @@ def build(context: click.Context, /, state_dir: Path, as_json: bool, name: str |
 
     with extra("local"):
         from sandbox_tools.engine import templates
-        from sandbox_tools.engine.builds import Recipe, requirement_lines
-        from sandbox_tools.engine.install import make_directory
+        from sandbox_tools.engine.building.builds import Recipe, requirement_lines
+        from sandbox_tools.engine.building.install import make_directory
 
     requirements: Path | None = options.pop("requirements")
     packages = [each.strip() for words in options.pop("packages") for each in words.split(",") if each.strip()]
@@ -94,8 +94,8 @@ def build(context: click.Context, /, state_dir: Path, as_json: bool, name: str |
 def list_(state_dir: Path, as_json: bool) -> None:
     """List the templates that sandboxes can be made from by name."""
     with extra("local"):
-        from sandbox_tools.engine.builds import BUILT_IN
-        from sandbox_tools.engine.names import Names
+        from sandbox_tools.engine.building.builds import BUILT_IN
+        from sandbox_tools.engine.building.names import Names
 
     own = Names(templates_directory(state_dir)).all()
     if as_json:
@@ -149,7 +149,7 @@ def _words(recipe: Any) -> str:
 def remove(state_dir: Path, as_json: bool, names: tuple[str, ...]) -> int | None:
     """Drop templates by name, and what nothing needs then; sandboxes made from them live on."""
     with extra("local"):
-        from sandbox_tools.engine.names import Names
+        from sandbox_tools.engine.building.names import Names
         from sandbox_tools.errors import NotFoundError
 
     directory = templates_directory(state_dir)
@@ -186,7 +186,7 @@ def remove(state_dir: Path, as_json: bool, names: tuple[str, ...]) -> int | None
 def prune(state_dir: Path, as_json: bool, forget: tuple[Path, ...]) -> int | None:
     """Remove images and root file systems that no name, sandbox or snapshot needs."""
     with extra("local"):
-        from sandbox_tools.engine import collection
+        from sandbox_tools.engine.building import collection
 
     directory = templates_directory(state_dir)
     for each in forget:
@@ -207,7 +207,7 @@ def prune(state_dir: Path, as_json: bool, forget: tuple[Path, ...]) -> int | Non
 
 
 def _collected(directory: Path, dropped: Collection[str] = ()) -> Collected:
-    from sandbox_tools.engine.collection import collect
+    from sandbox_tools.engine.building.collection import collect
 
     return asyncio.run(collect(directory, dropped=dropped))
 

@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, AwareDatetime, BeforeValidator, ConfigDict, Field
 
+from sandbox_tools.engine.images.saved import REFERENCE
 from sandbox_tools.engine.journal import Level
 from sandbox_tools.engine.listing import Order
-from sandbox_tools.engine.saved import REFERENCE
 from sandbox_tools.models import CreateRequest, LogEntry, SandboxInfo, Wire
 
 MAX_TIMEOUT = 24 * 3600

@@ -17,10 +17,10 @@ from sandbox_tools.engine.bodies import (
     TakeSnapshot,
 )
 from sandbox_tools.engine.entry import Entry
+from sandbox_tools.engine.images.saved import normalised
 from sandbox_tools.engine.operations import Answer, Call, Operation, error_body
 from sandbox_tools.engine.records import new_token
 from sandbox_tools.engine.reports import shown
-from sandbox_tools.engine.saved import normalised
 from sandbox_tools.engine.unsupported import refuse
 from sandbox_tools.models import CloneResult, ForkResult, SandboxGrant, SnapshotInfo
 

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from sandbox_tools.engine.entry import Entry
+from sandbox_tools.engine.images.saved import Origin, Snapshot, normalised
 from sandbox_tools.engine.records import copied, new_id
-from sandbox_tools.engine.saved import Origin, Snapshot, normalised
 from sandbox_tools.engine.supervisor import Supervisor, checked
 from sandbox_tools.errors import ConfigError, SandboxError
 

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sandbox_tools.engine.install import check_kind, check_namespaces, find_runsc
-from sandbox_tools.engine.memory import place
-from sandbox_tools.engine.roots import find_root
+from sandbox_tools.engine.building.install import check_kind, check_namespaces, find_runsc
+from sandbox_tools.engine.building.roots import find_root
+from sandbox_tools.engine.images.memory import place
 from sandbox_tools.errors import ConfigError, SandboxError
 from sandbox_tools.paths import socket_path, templates_directory
 

@@ -14,14 +14,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from sandbox_tools.engine import snapshots
 from sandbox_tools.engine.entry import Entry
 from sandbox_tools.engine.guest_calls import initialise, reboot
-from sandbox_tools.engine.history import History
+from sandbox_tools.engine.images import snapshots
+from sandbox_tools.engine.images.history import History
+from sandbox_tools.engine.images.saved import Origin
+from sandbox_tools.engine.images.writing import WantedError
 from sandbox_tools.engine.records import RECORD, new_id
 from sandbox_tools.engine.runs import Runs, disk_errors, remove
-from sandbox_tools.engine.saved import Origin
-from sandbox_tools.engine.writing import WantedError
 from sandbox_tools.errors import EngineError
 
 log = logging.getLogger(__name__)

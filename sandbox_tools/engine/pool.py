@@ -10,9 +10,9 @@ from datetime import datetime
 from sandbox_tools.engine.bodies import NewSandbox
 from sandbox_tools.engine.entry import Entry
 from sandbox_tools.engine.guest_calls import warm
+from sandbox_tools.engine.images.saved import Origin
 from sandbox_tools.engine.records import Record, new_record
 from sandbox_tools.engine.runs import Runs, remove
-from sandbox_tools.engine.saved import Origin
 from sandbox_tools.errors import EngineError
 from sandbox_tools.models import DEFAULT_TIMEOUT
 

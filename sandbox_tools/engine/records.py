@@ -13,8 +13,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from sandbox_tools.engine.bodies import NewSandbox
-from sandbox_tools.engine.saved import Origin
-from sandbox_tools.engine.snapshots import write_durably
+from sandbox_tools.engine.images.saved import Origin
+from sandbox_tools.engine.images.snapshots import write_durably
 from sandbox_tools.models import DEFAULT_TIMEOUT, Lifecycle, SandboxGrant, SandboxInfo, Spent, State
 
 CLIENT_ID = "6532622b"

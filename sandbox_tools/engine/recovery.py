@@ -10,10 +10,10 @@ from collections.abc import Collection
 from pathlib import Path
 
 from sandbox_tools.engine.entry import Entry
+from sandbox_tools.engine.images.snapshots import DESCRIPTION
 from sandbox_tools.engine.lifecycle import Lifecycle
 from sandbox_tools.engine.records import Record
 from sandbox_tools.engine.runtime import Container
-from sandbox_tools.engine.snapshots import DESCRIPTION
 
 log = logging.getLogger(__name__)
 

@@ -20,11 +20,11 @@ from sandbox_tools.engine.bodies import (
 )
 from sandbox_tools.engine.bounds import size_in_force
 from sandbox_tools.engine.entry import Entry
+from sandbox_tools.engine.images.saved import Snapshot, normalised
 from sandbox_tools.engine.journal import LEVELS, Line
 from sandbox_tools.engine.listing import Row, has, micros, page, parse_metadata
 from sandbox_tools.engine.metering import Sample
 from sandbox_tools.engine.operations import Answer, Call, Operation
-from sandbox_tools.engine.saved import Snapshot, normalised
 from sandbox_tools.engine.supervisor import Supervisor
 from sandbox_tools.errors import ConfigError, NotFoundError
 from sandbox_tools.models import LogEntry, LogLine, Logs, SandboxInfo, SnapshotInfo, State

@@ -15,10 +15,10 @@ from sandbox_tools.engine.bounds import Bounds
 from sandbox_tools.engine.bundle import write_bundle
 from sandbox_tools.engine.entry import Entry
 from sandbox_tools.engine.guest_calls import check_health, reboot
+from sandbox_tools.engine.images.store import Store
+from sandbox_tools.engine.images.writing import Writing
 from sandbox_tools.engine.runtime import Container, Runtime
-from sandbox_tools.engine.store import Store
 from sandbox_tools.engine.tunnel import Tunnel
-from sandbox_tools.engine.writing import Writing
 from sandbox_tools.errors import EngineError, ServerError
 
 log = logging.getLogger(__name__)

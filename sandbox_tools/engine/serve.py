@@ -19,16 +19,17 @@ from pathlib import Path
 
 import uvicorn
 
-from sandbox_tools.engine import keys, pool
+from sandbox_tools.engine import pool
 from sandbox_tools.engine.api import Engine
 from sandbox_tools.engine.bounds import Bounds
 from sandbox_tools.engine.exclusive import AlreadyRunningError, sole_engine
 from sandbox_tools.engine.front import Front
-from sandbox_tools.engine.memory import Memory
+from sandbox_tools.engine.images import keys
+from sandbox_tools.engine.images.memory import Memory
+from sandbox_tools.engine.images.rotation import move_all
+from sandbox_tools.engine.images.store import Store
 from sandbox_tools.engine.retention import DEFAULT_DAYS
-from sandbox_tools.engine.rotation import move_all
 from sandbox_tools.engine.runsc import Runsc
-from sandbox_tools.engine.store import Store
 from sandbox_tools.engine.supervisor import Supervisor
 from sandbox_tools.engine.templates import DEFAULT_MEMORY_MB, prepare
 from sandbox_tools.engine.tls import Certificates, names_of

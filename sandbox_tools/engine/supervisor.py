@@ -12,24 +12,24 @@ from typing import Any, TypeVar
 from sandbox_tools.engine import idempotency, recovery
 from sandbox_tools.engine.bodies import MAX_TIMEOUT, NewSandbox
 from sandbox_tools.engine.bounds import Bounds
+from sandbox_tools.engine.building.names import Names, leave_user
 from sandbox_tools.engine.deadlines import Deadlines
 from sandbox_tools.engine.entry import Entry
-from sandbox_tools.engine.history import History
+from sandbox_tools.engine.images.history import History
+from sandbox_tools.engine.images.quota import Quota
+from sandbox_tools.engine.images.saved import Saved
+from sandbox_tools.engine.images.store import Store
+from sandbox_tools.engine.images.writing import Writing
 from sandbox_tools.engine.journal import Journal
 from sandbox_tools.engine.lifecycle import Lifecycle
 from sandbox_tools.engine.metering import Metering
-from sandbox_tools.engine.names import Names, leave_user
 from sandbox_tools.engine.pool import Pool
-from sandbox_tools.engine.quota import Quota
 from sandbox_tools.engine.records import IdempotencyMark
 from sandbox_tools.engine.retention import DEFAULT_DAYS, Retention
 from sandbox_tools.engine.runtime import Container, Runtime
 from sandbox_tools.engine.sandboxes import Sandboxes
-from sandbox_tools.engine.saved import Saved
-from sandbox_tools.engine.store import Store
 from sandbox_tools.engine.templates import Template
 from sandbox_tools.engine.transitions import Transitions
-from sandbox_tools.engine.writing import Writing
 from sandbox_tools.errors import ConfigError, ConflictError, NotFoundError
 from sandbox_tools.models import DEFAULT_TEMPLATE, DEFAULT_TIMEOUT
 

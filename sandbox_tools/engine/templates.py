@@ -16,17 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import sandbox_tools.guest
-from sandbox_tools.engine import snapshots, warming
-from sandbox_tools.engine.builds import READY_SECONDS, Recipe, checked
+from sandbox_tools.engine.building import warming
+from sandbox_tools.engine.building.builds import READY_SECONDS, Recipe, checked
+from sandbox_tools.engine.building.fitting import python_of
+from sandbox_tools.engine.building.install import check_machine, install_runsc
+from sandbox_tools.engine.building.layers import foreign_root, with_requirements
+from sandbox_tools.engine.building.names import Named, Names, enter_user, used
+from sandbox_tools.engine.building.roots import OnStep, build_root, locked
 from sandbox_tools.engine.bundle import PYTHON, bundle_config, write_bundle
-from sandbox_tools.engine.fitting import python_of
-from sandbox_tools.engine.install import check_machine, install_runsc
-from sandbox_tools.engine.layers import foreign_root, with_requirements
-from sandbox_tools.engine.names import Named, Names, enter_user, used
-from sandbox_tools.engine.roots import OnStep, build_root, locked
+from sandbox_tools.engine.images import snapshots
+from sandbox_tools.engine.images.saved import Origin
 from sandbox_tools.engine.runsc import Runsc
 from sandbox_tools.engine.runtime import Container
-from sandbox_tools.engine.saved import Origin
 from sandbox_tools.engine.tunnel import Tunnel
 from sandbox_tools.errors import EngineError
 

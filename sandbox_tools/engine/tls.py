@@ -10,7 +10,7 @@ from pathlib import Path
 
 import trustme
 
-from sandbox_tools.engine.snapshots import write_durably
+from sandbox_tools.engine.images.snapshots import write_durably
 from sandbox_tools.errors import ConfigError
 
 VALID = timedelta(days=365)

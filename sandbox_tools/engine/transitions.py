@@ -10,18 +10,18 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from sandbox_tools.engine.bodies import MAX_TIMEOUT, NewSandbox
-from sandbox_tools.engine.builds import BUILT_IN
+from sandbox_tools.engine.building.builds import BUILT_IN
+from sandbox_tools.engine.building.names import Names, used
 from sandbox_tools.engine.entry import Entry
+from sandbox_tools.engine.images.saved import Origin, Saved, normalised
 from sandbox_tools.engine.journal import Journal
 from sandbox_tools.engine.lifecycle import Lifecycle
 from sandbox_tools.engine.metering import Metering
-from sandbox_tools.engine.names import Names, used
 from sandbox_tools.engine.pool import Pool
 from sandbox_tools.engine.records import TRAFFIC_SECONDS, IdempotencyMark, Record, new_record
 from sandbox_tools.engine.retention import Retention
 from sandbox_tools.engine.runtime import Container
 from sandbox_tools.engine.sandboxes import Sandboxes
-from sandbox_tools.engine.saved import Origin, Saved, normalised
 from sandbox_tools.engine.templates import load
 from sandbox_tools.errors import ConfigError, ConflictError, EngineError, NotFoundError
 

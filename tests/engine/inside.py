@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 
 import uvicorn
 
-from sandbox_tools.engine import keys
 from sandbox_tools.engine.front import Front
-from sandbox_tools.engine.memory import Memory
+from sandbox_tools.engine.images import keys
+from sandbox_tools.engine.images.memory import Memory
+from sandbox_tools.engine.images.store import Store
 from sandbox_tools.engine.operations import Engine
 from sandbox_tools.engine.runsc import Runsc
 from sandbox_tools.engine.serve import _listen, _Server
-from sandbox_tools.engine.store import Store
 from sandbox_tools.engine.supervisor import Supervisor
 from sandbox_tools.engine.templates import prepare
 from tests.conftest import own_state

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from sandbox_tools.engine.archives import unpack
+from sandbox_tools.engine.building.archives import unpack
 from sandbox_tools.errors import ConfigError
 
 

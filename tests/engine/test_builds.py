@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from sandbox_tools.engine import collection
 from sandbox_tools.engine.bounds import size_in_force
-from sandbox_tools.engine.builds import Recipe, checked, requirement_lines
-from sandbox_tools.engine.collection import Collected, collect, forget
-from sandbox_tools.engine.names import MARK, Names, used
-from sandbox_tools.engine.roots import OnStep, find_root
+from sandbox_tools.engine.building import collection
+from sandbox_tools.engine.building.builds import Recipe, checked, requirement_lines
+from sandbox_tools.engine.building.collection import Collected, collect, forget
+from sandbox_tools.engine.building.names import MARK, Names, used
+from sandbox_tools.engine.building.roots import OnStep, find_root
 from sandbox_tools.engine.runtime import Container
 from sandbox_tools.engine.templates import Template, build
 from sandbox_tools.errors import ConfigError, EngineError, NotFoundError

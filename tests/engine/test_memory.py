@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from sandbox_tools.engine import held, keys, sealing
-from sandbox_tools.engine.memory import Memory, place
-from sandbox_tools.engine.sealing import PIECE
-from sandbox_tools.engine.store import Store
+from sandbox_tools.engine.images import held, keys, sealing
+from sandbox_tools.engine.images.memory import Memory, place
+from sandbox_tools.engine.images.sealing import PIECE
+from sandbox_tools.engine.images.store import Store
 from sandbox_tools.errors import ConfigError, EngineError
 from tests.conftest import as_root
 from tests.machine import plain_images

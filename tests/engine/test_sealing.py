@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sandbox_tools.engine import keys, sealing
-from sandbox_tools.engine.keys import Keyring
-from sandbox_tools.engine.memory import Memory
-from sandbox_tools.engine.rotation import rotate
-from sandbox_tools.engine.sealing import PIECE, TAG
-from sandbox_tools.engine.snapshots import MANIFEST, Manifest, commit
-from sandbox_tools.engine.store import Store
+from sandbox_tools.engine.images import keys, sealing
+from sandbox_tools.engine.images.keys import Keyring
+from sandbox_tools.engine.images.memory import Memory
+from sandbox_tools.engine.images.rotation import rotate
+from sandbox_tools.engine.images.sealing import PIECE, TAG
+from sandbox_tools.engine.images.snapshots import MANIFEST, Manifest, commit
+from sandbox_tools.engine.images.store import Store
 from sandbox_tools.errors import ConfigError, EngineError
 
 KEY = secrets.token_bytes(32)
@@ -191,8 +191,8 @@ async def test_a_rotation_that_dies_anywhere_leaves_every_snapshot_open_and_is_e
 
     original = keys.write_durably
     with monkeypatch.context() as patch:
-        patch.setattr("sandbox_tools.engine.keys.write_durably", dying)
-        patch.setattr("sandbox_tools.engine.store.write_durably", dying)
+        patch.setattr("sandbox_tools.engine.images.keys.write_durably", dying)
+        patch.setattr("sandbox_tools.engine.images.store.write_durably", dying)
         if dies_at < 5:
             with pytest.raises(KeyboardInterrupt):
                 rotate(tmp_path, None)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sandbox_tools.engine.apt import Source, base_source, debian_sources, run, unpack
-from sandbox_tools.engine.install import install_runsc
+from sandbox_tools.engine.building.apt import Source, base_source, debian_sources, run, unpack
+from sandbox_tools.engine.building.install import install_runsc
 from sandbox_tools.errors import ConfigError, EngineError
 
 needs_apt = pytest.mark.skipif(not shutil.which("apt-get"), reason="this machine has no apt")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sandbox_tools.engine.roots import find_root
+from sandbox_tools.engine.building.roots import find_root
 from tests.conftest import own_state
 
 WORDS = (sys.executable, "-m", "sandbox_tools", "template")

@@ -8,7 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from sandbox_tools.engine.install import MINIMUM_VERSION, check_machine, find_runsc, install_runsc, make_directory
+from sandbox_tools.engine.building.install import (
+    MINIMUM_VERSION,
+    check_machine,
+    find_runsc,
+    install_runsc,
+    make_directory,
+)
 from sandbox_tools.errors import ConfigError
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from sandbox_tools.engine.apt import debian_sources, run
-from sandbox_tools.engine.roots import build_root, find_root, remove_tree
+from sandbox_tools.engine.building.apt import debian_sources, run
+from sandbox_tools.engine.building.roots import build_root, find_root, remove_tree
 from sandbox_tools.errors import ConfigError, EngineError
 
 pytestmark = pytest.mark.skipif(not shutil.which("apt-get"), reason="this machine has no apt to build from")

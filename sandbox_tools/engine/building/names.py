@@ -14,8 +14,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, Field, ValidationError
 
-from sandbox_tools.engine.builds import BUILT_IN, Recipe, is_name
-from sandbox_tools.engine.snapshots import write_durably
+from sandbox_tools.engine.building.builds import BUILT_IN, Recipe, is_name
+from sandbox_tools.engine.images.snapshots import write_durably
 from sandbox_tools.errors import EngineError, NotFoundError
 
 USE_LOCK = "use.lock"

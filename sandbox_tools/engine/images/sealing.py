@@ -19,7 +19,7 @@ from pathlib import Path
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from sandbox_tools.engine.held import holding
+from sandbox_tools.engine.images.held import holding
 from sandbox_tools.errors import EngineError
 
 PIECE = 512 << 10

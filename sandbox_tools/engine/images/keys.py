@@ -15,7 +15,7 @@ from pathlib import Path
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from sandbox_tools.engine.snapshots import write_durably
+from sandbox_tools.engine.images.snapshots import write_durably
 from sandbox_tools.errors import ConfigError, EngineError
 
 KEY_BYTES = 32

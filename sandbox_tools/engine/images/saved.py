@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
-from sandbox_tools.engine import snapshots
+from sandbox_tools.engine.images import snapshots
 from sandbox_tools.errors import ConfigError, NotFoundError
 
 _TAG = "default"

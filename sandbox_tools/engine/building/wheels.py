@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
-from sandbox_tools.engine.apt import run
+from sandbox_tools.engine.building.apt import run
 from sandbox_tools.errors import ConfigError, EngineError
 
 
 def guest_requirements() -> list[str]:
     """What the guest needs, one `name==version` each, with all that they depend on."""
-    text = resources.files("sandbox_tools.engine").joinpath("guest-requirements.txt").read_text(encoding="utf-8")
+    text = (
+        resources.files("sandbox_tools.engine.building").joinpath("guest-requirements.txt").read_text(encoding="utf-8")
+    )
     return [line for line in text.splitlines() if line and not line.startswith("#")]
 
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from sandbox_tools.engine.roots import remove_tree
+from sandbox_tools.engine.building.roots import remove_tree
 from sandbox_tools.errors import ConfigError
 
 _WHITEOUT = ".wh."

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sandbox_tools.engine import keys
 from sandbox_tools.engine.exclusive import AlreadyRunningError, sole_engine
-from sandbox_tools.engine.keys import Keyring
-from sandbox_tools.engine.store import Store
+from sandbox_tools.engine.images import keys
+from sandbox_tools.engine.images.keys import Keyring
+from sandbox_tools.engine.images.store import Store
 from sandbox_tools.errors import ConfigError, EngineError
 
 

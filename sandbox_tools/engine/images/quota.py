@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 
 from sandbox_tools.engine.entry import Entry
-from sandbox_tools.engine.saved import Saved
+from sandbox_tools.engine.images.saved import Saved
 from sandbox_tools.errors import EngineError
 
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from sandbox_tools.engine import sealing, snapshots
-from sandbox_tools.engine.keys import KEY_BYTES, Keyring
-from sandbox_tools.engine.memory import Memory
-from sandbox_tools.engine.snapshots import MANIFEST, Manifest, Sealed, write_durably
+from sandbox_tools.engine.images import sealing, snapshots
+from sandbox_tools.engine.images.keys import KEY_BYTES, Keyring
+from sandbox_tools.engine.images.memory import Memory
+from sandbox_tools.engine.images.snapshots import MANIFEST, Manifest, Sealed, write_durably
 from sandbox_tools.errors import EngineError
 
 

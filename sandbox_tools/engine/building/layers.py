@@ -10,11 +10,11 @@ import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from sandbox_tools.engine import fitting
-from sandbox_tools.engine.apt import run
-from sandbox_tools.engine.archives import unpack
-from sandbox_tools.engine.roots import OnStep, make_once
-from sandbox_tools.engine.wheels import fetch_wheels, guest_requirements
+from sandbox_tools.engine.building import fitting
+from sandbox_tools.engine.building.apt import run
+from sandbox_tools.engine.building.archives import unpack
+from sandbox_tools.engine.building.roots import OnStep, make_once
+from sandbox_tools.engine.building.wheels import fetch_wheels, guest_requirements
 from sandbox_tools.errors import ConfigError, EngineError
 
 # Raised whenever what is made of the same ingredients changes.

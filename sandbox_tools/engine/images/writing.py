@@ -9,10 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sandbox_tools.engine import snapshots, templates
-from sandbox_tools.engine.quota import Quota
+from sandbox_tools.engine import templates
+from sandbox_tools.engine.images import snapshots
+from sandbox_tools.engine.images.quota import Quota
+from sandbox_tools.engine.images.store import Draft, Store
 from sandbox_tools.engine.runtime import Container, Runtime
-from sandbox_tools.engine.store import Draft, Store
 
 # Each fills a core and holds an image in memory: more at a time would only make each of them later.
 _AT_A_TIME = max(2, min(4, os.cpu_count() or 1))

@@ -7,9 +7,9 @@ import logging
 from collections.abc import Collection
 from pathlib import Path
 
+from sandbox_tools.engine.images.saved import Saved, Snapshot
+from sandbox_tools.engine.images.snapshots import DESCRIPTION, sync, write_durably
 from sandbox_tools.engine.records import Record
-from sandbox_tools.engine.saved import Saved, Snapshot
-from sandbox_tools.engine.snapshots import DESCRIPTION, sync, write_durably
 
 log = logging.getLogger(__name__)
 

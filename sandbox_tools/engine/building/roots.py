@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from sandbox_tools.engine.apt import (
+from sandbox_tools.engine.building.apt import (
     USE_A_CLOUD,
     base_source,
     debian_codename,
@@ -22,9 +22,9 @@ from sandbox_tools.engine.apt import (
     run,
     unpack,
 )
-from sandbox_tools.engine.install import make_directory
-from sandbox_tools.engine.snapshots import sync
-from sandbox_tools.engine.wheels import fetch_wheels, guest_requirements
+from sandbox_tools.engine.building.install import make_directory
+from sandbox_tools.engine.building.wheels import fetch_wheels, guest_requirements
+from sandbox_tools.engine.images.snapshots import sync
 from sandbox_tools.errors import ConfigError, EngineError
 
 OnStep = Callable[[str, float], None]

@@ -19,9 +19,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sandbox_tools.engine import names, snapshots, templates
+from sandbox_tools.engine import templates
+from sandbox_tools.engine.building import names
+from sandbox_tools.engine.building.roots import find_root, remove_tree
+from sandbox_tools.engine.images import snapshots
 from sandbox_tools.engine.records import RECORD
-from sandbox_tools.engine.roots import find_root, remove_tree
 from sandbox_tools.errors import SandboxError
 
 YOUNG = 3600.0

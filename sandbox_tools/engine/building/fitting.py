@@ -12,8 +12,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
+from sandbox_tools.engine.building.wheels import fetch_wheels, guest_requirements
 from sandbox_tools.engine.bundle import GUEST_PACKAGES, write_bundle
-from sandbox_tools.engine.wheels import fetch_wheels, guest_requirements
 from sandbox_tools.errors import ConfigError, EngineError
 
 PYTHONS = ("usr/local/bin/python3", "usr/bin/python3")
@@ -222,7 +222,7 @@ def _config(root: Path, argv: Sequence[str], mounts: Mapping[str, Path], env: Ma
 
 
 def _script(name: str) -> str:
-    return resources.files("sandbox_tools.engine").joinpath(f"inside/{name}.py").read_text(encoding="utf-8")
+    return resources.files("sandbox_tools.engine.building").joinpath(f"inside/{name}.py").read_text(encoding="utf-8")
 
 
 def _normal(name: str) -> str:

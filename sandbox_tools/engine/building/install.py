@@ -12,7 +12,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from sandbox_tools.engine.apt import USE_A_CLOUD, base_source, debian_sources, run, unpack
+from sandbox_tools.engine.building.apt import USE_A_CLOUD, base_source, debian_sources, run, unpack
 from sandbox_tools.errors import ConfigError, EngineError, SandboxError
 from sandbox_tools.paths import state_directory
 

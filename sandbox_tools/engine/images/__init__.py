@@ -1,0 +1,1 @@
+"""Sandboxes' images: written, sealed, kept, counted and opened again."""
