@@ -113,7 +113,7 @@ def run(
     try:
         with sole_engine(state_dir):
             engine = Engine()
-            store = Store(keys.load(state_dir, key_file) if encryption else None, _memory(state_dir, encryption))
+            store = Store(keys.load(state_dir, key_file), Memory.of(state_dir)) if encryption else Store()
             listeners = [Listener(socket=_listen(state_dir, uds, host, port))]
             if host is not None:
                 if api_key is None:
@@ -144,15 +144,6 @@ def run(
         return 1
 
     return 0
-
-
-def _memory(state_dir: Path, needed: bool) -> Memory | None:
-    try:
-        return Memory.of(state_dir)
-    except ConfigError:
-        if needed:
-            raise
-        return None
 
 
 class _Server(uvicorn.Server):

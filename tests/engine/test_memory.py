@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import secrets
@@ -86,24 +87,6 @@ def test_an_image_that_memory_has_no_room_for_is_refused_before_it_is_written(tm
     store.stop()
 
 
-def test_what_is_not_sealed_goes_through_memory_if_there_is_room_and_straight_to_the_disk_if_not(
-    tmp_path: Path,
-) -> None:
-    content = secrets.token_bytes(3 * PIECE + 5)
-    store = Store(memory=Memory.of(tmp_path))
-    for name, need in (("1", 1 << 20), ("2", 1 << 50)):
-        draft = store.begin(tmp_path / name, need)
-        assert (draft.path == draft.partial) == (need == 1 << 50)
-        (draft.path / "pages.img").write_bytes(content)
-
-        assert store.seal(draft) is None
-
-        assert (draft.partial / "pages.img").read_bytes() == content
-        store.drop(draft)
-    assert list(tmp_path.iterdir()) == plain_images(os.getpid(), tmp_path) == []
-    store.stop()
-
-
 @pytest.fixture
 def sealed(tmp_path: Path) -> tuple[Path, dict[str, bytes]]:
     """A directory of sealed files, and what is in them."""
@@ -165,19 +148,29 @@ def test_whoever_opens_a_file_that_proves_damaged_or_takes_too_long_gets_nothing
     assert got == [b"", b""]
 
 
-def test_a_disk_that_fails_while_more_is_written_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_disk_that_fails_while_more_is_written_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The kernel tells of it once, and the sync at the end would know nothing."""
     plain, target = tmp_path / "plain", tmp_path / "sealed"
     plain.mkdir()
     target.mkdir()
     (plain / "pages.img").write_bytes(bytes(64 * PIECE))
-    told = []
+    failed = threading.Event()
 
     def fail_once(fd: int) -> None:
-        if not told:
-            told.append(fd)
+        if not failed.is_set():
+            failed.set()
             raise OSError(errno.EIO, "failed")
 
     monkeypatch.setattr(os, "fdatasync", fail_once)
     with pytest.raises(OSError, match="failed"):
         sealing.seal(KEY, "box/1", plain, target, threading.Event())
+
+    failed.clear()
+    store = Store()
+    draft = store.begin(tmp_path / "1", 0)
+    (draft.path / "pages.img").write_bytes(b"written")
+    with pytest.raises(OSError, match="failed"):
+        async with store.written(draft):
+            await asyncio.to_thread(failed.wait)

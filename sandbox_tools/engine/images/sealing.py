@@ -19,6 +19,7 @@ from pathlib import Path
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from sandbox_tools.engine.images import snapshots
 from sandbox_tools.engine.images.held import holding
 from sandbox_tools.errors import EngineError
 
@@ -30,8 +31,6 @@ TAG = 16
 
 # More only wait for memory: one does 2 GB/s, reading and writing included.
 _THREADS = min(4, os.cpu_count() or 1)
-
-_SYNC_EACH = 0.01  # seconds
 
 _NONCE = struct.Struct(">IQ")
 
@@ -54,16 +53,16 @@ def seal(key: bytes, context: str, source: Path, target: Path, stop: threading.E
     """
     cipher = AESGCM(key)
 
-    def turn(room: memoryview, nonce: bytes, about: bytes, into: memoryview) -> memoryview:
+    def turn(room: memoryview, nonce: bytes, about: bytes, into: memoryview) -> None:
         cipher.encrypt_into(nonce, room, about, into)
-        return into
 
-    return _to_disk(_Work(turn, context=context, given=TAG, stop=stop), source, target)
-
-
-def copy(source: Path, target: Path, stop: threading.Event) -> dict[str, int]:
-    """The same without sealing anything."""
-    return _to_disk(_Work(lambda room, _nonce, _about, _into: room, stop=stop), source, target)
+    work = _Work(turn, context=context, given=TAG, stop=stop)
+    sizes = {path.name: path.stat().st_size for path in source.iterdir()}
+    with _created(target, sizes) as writing, _synced(target):
+        for number, name in enumerate(sorted(sizes)):
+            with _opened(source / name) as reading:
+                work.file(number, name, sizes[name], reading, writing[name])
+    return sizes
 
 
 def unseal(
@@ -89,9 +88,8 @@ def unseal(
     """
     cipher = AESGCM(key)
 
-    def turn(room: memoryview, nonce: bytes, about: bytes, into: memoryview) -> memoryview:
+    def turn(room: memoryview, nonce: bytes, about: bytes, into: memoryview) -> None:
         cipher.decrypt_into(nonce, room, about, into)
-        return into
 
     work = _Work(turn, context=context, piece=piece, taken=TAG)
     try:
@@ -104,17 +102,8 @@ def unseal(
         raise EngineError(msg, op="restore") from None
 
 
-def _to_disk(work: _Work, source: Path, target: Path) -> dict[str, int]:
-    sizes = {path.name: path.stat().st_size for path in source.iterdir()}
-    with _created(target, sizes) as writing:
-        for number, name in enumerate(sorted(sizes)):
-            with _opened(source / name) as reading, _syncing(writing[name]):
-                work.file(number, name, sizes[name], reading, writing[name])
-    return sizes
-
-
-Turn = Callable[[memoryview, bytes, bytes, memoryview], memoryview]
-"""What is done to a piece: of what was read, its nonce, what it is a piece of, and room, it makes what is written."""
+Turn = Callable[[memoryview, bytes, bytes, memoryview], None]
+"""Seals or opens a piece: what was read, its nonce, what it is a piece of, and where the outcome goes."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +111,7 @@ class _Work:
     """Turns every piece of a file; what is read is longer by `taken` than when plain, what is written by `given`."""
 
     turn: Turn
-    context: str = ""
+    context: str
     piece: int = PIECE
     taken: int = 0
     given: int = 0
@@ -156,8 +145,8 @@ class _Work:
                 plain = min(self.piece, size - at * self.piece)
                 _read(reading, room[: plain + self.taken], at * (self.piece + self.taken))
                 nonce = _NONCE.pack(number, at)
-                turned = self.turn(room[: plain + self.taken], nonce, about, into[: plain + self.given])
-                _write(writing, turned, at * (self.piece + self.given))
+                self.turn(room[: plain + self.taken], nonce, about, into[: plain + self.given])
+                _write(writing, into[: plain + self.given], at * (self.piece + self.given))
                 tell(plain)
 
         with ThreadPoolExecutor(_THREADS) as threads:
@@ -185,28 +174,15 @@ def _opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def _syncing(fd: int) -> Iterator[None]:
-    """Have the disk at work while there is more to come: a third less until all is on it. Who needs it there syncs."""
+def _synced(directory: Path) -> Iterator[None]:
     done = threading.Event()
-    errors: list[OSError] = []
-
-    def sync() -> None:
-        while not errors and not done.wait(_SYNC_EACH):
-            try:
-                os.fdatasync(fd)
-            except OSError as error:
-                errors.append(error)
-
-    syncing = threading.Thread(target=sync, name="syncing")
-    syncing.start()
-    try:
-        yield
-    finally:
-        done.set()
-        syncing.join()
-    # The kernel tells of a failed write once: whoever syncs afterwards would take it for good.
-    if errors:
-        raise errors[0]
+    with ThreadPoolExecutor(1) as thread:
+        syncing = thread.submit(snapshots.keep_syncing, directory, done)
+        try:
+            yield
+        finally:
+            done.set()
+        syncing.result()
 
 
 def _read(fd: int, room: memoryview, at: int) -> None:

@@ -26,7 +26,7 @@ class Draft:
     Attributes:
         final: Where the snapshot will be.
         partial: Where it becomes what it will be; beside `final`, so that a rename ends it.
-        path: Where the runtime writes it: in memory, or `partial` where that has no room and nothing is sealed.
+        path: Where the runtime writes it: in memory, or `partial` where nothing is sealed.
         given_up: Set when nobody wants it any more.
     """
 
@@ -41,8 +41,7 @@ class Store:
 
     Args:
         keys: What they are sealed with. None: they are not, and lie on the disk as they are.
-        memory: Where they are plain while they are written and read. None: they go straight to the disk, which takes
-            longer, and can only be where `keys` is None.
+        memory: Where they are plain while they are written and read. None where `keys` is.
     """
 
     def __init__(self, keys: Keyring | None = None, memory: Memory | None = None) -> None:
@@ -70,27 +69,46 @@ class Store:
             OSError: The disk is full or failing.
         """
         beside = snapshots.begin(final)
+        if self._memory is None:
+            return Draft(final=final, partial=beside, path=beside)
+
         try:
-            if self._memory is not None:
-                with self._memory.room(need) as plain:
-                    return Draft(final=final, partial=beside, path=plain)
-        except BaseException as error:
-            if self.keys is not None or not isinstance(error, EngineError):
-                shutil.rmtree(beside, ignore_errors=True)
-                raise
-        return Draft(final=final, partial=beside, path=beside)
+            with self._memory.room(need) as plain:
+                return Draft(final=final, partial=beside, path=plain)
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
+
+    @asynccontextmanager
+    async def written(self, draft: Draft) -> AsyncIterator[None]:
+        """While the runtime writes a draft: where that is on the disk already, it is kept at work.
+
+        Raises:
+            OSError: The disk is full or failing.
+        """
+        if draft.path != draft.partial:
+            yield
+            return
+
+        done = threading.Event()
+        syncing = asyncio.ensure_future(asyncio.to_thread(snapshots.keep_syncing, draft.partial, done))
+        try:
+            yield
+        finally:
+            done.set()
+            await asyncio.wait({syncing})
+            failure = syncing.exception()
+        if failure is not None:
+            raise failure
 
     def seal(self, draft: Draft) -> Sealed | None:
-        """Bring what the runtime has written to its place on the disk, and free the memory. None: it is plain there.
+        """Bring what the runtime has written to its place on the disk, and free the memory. None: it is there already.
 
         Raises:
             OSError: The disk is full or failing.
             sealing.GivenUpError: Nobody wants it any more.
         """
         if self.keys is None:
-            if draft.path != draft.partial:
-                sealing.copy(draft.path, draft.partial, draft.given_up)
-                self._free(draft.path)
             return None
 
         context, key = _context(draft.final), secrets.token_bytes(KEY_BYTES)

@@ -70,7 +70,8 @@ class Writing:
                 try:
                     if wanted.is_set():
                         raise WantedError
-                    await self._runtime.checkpoint(container, draft.path)
+                    async with self._store.written(draft):
+                        await self._runtime.checkpoint(container, draft.path)
                     sealed = await self._seal(draft, description, wanted)
                 except BaseException:
                     await asyncio.to_thread(self._store.drop, draft)
