@@ -37,12 +37,14 @@ class Memory:
 
     Args:
         path: A directory in a tmpfs that is this engine's alone.
-        mount: The descriptor of a tmpfs that has no other name. None: it is one of the machine's.
+        opening: One for images that are opened. None: the same.
+        mounts: The descriptors of the tmpfs that these are, where they have no other name.
     """
 
-    def __init__(self, path: Path, mount: int | None = None) -> None:
+    def __init__(self, path: Path, opening: Path | None = None, mounts: tuple[int, ...] = ()) -> None:
         self.path = path
-        self._mount = mount
+        self._opening = opening or path
+        self._mounts = mounts
         # Bytes that are spoken for, by directory.
         self._promised: dict[Path, int] = {}
         self._checking = threading.Lock()
@@ -56,7 +58,14 @@ class Memory:
                 somebody else's.
         """
         mount = _own_mount()
-        return cls(_directory(state)) if mount is None else cls(_path(mount), mount)
+        if mount is None:
+            return cls(_directory(state))
+        # What the runtime writes in one go would get pages of 2 MB, which a virtual machine may have to ask its host
+        # for first. What is opened is written in pieces, and is there a third sooner in pages as large as those.
+        large = _own_mount(large=True)
+        if large is None:
+            return cls(_path(mount), mounts=(mount,))
+        return cls(_path(mount), _path(large), (mount, large))
 
     def start(self) -> None:
         """Remove what a crash left."""
@@ -66,26 +75,30 @@ class Memory:
 
     def stop(self) -> None:
         """Leave nothing."""
-        if self._mount is not None:
-            os.close(self._mount)
-            self._mount = None
-        else:
+        if not self._mounts:
             shutil.rmtree(self.path, ignore_errors=True)
+        for mount in self._mounts:
+            os.close(mount)
+        self._mounts = ()
 
     @contextmanager
-    def room(self, need: int) -> Iterator[Path]:
+    def room(self, need: int, *, opening: bool = False) -> Iterator[Path]:
         """A new directory for so many bytes; it stays until `free`, unless what is done with it fails.
+
+        Args:
+            opening: Whether for an image that is opened, and not for one that is written.
 
         Raises:
             EngineError: There is no room for them.
             OSError: It can't be made.
         """
-        path = self.path / secrets.token_hex(8)
+        parent = self._opening if opening else self.path
+        path = parent / secrets.token_hex(8)
         with self._checking:
-            disk = os.statvfs(self.path)
+            disk = os.statvfs(parent)
             left = min(disk.f_bavail * disk.f_frsize, _available()) - sum(self._promised.values()) - _SPARE
             if need > left:
-                where = _words(self.path.parent, self._mount)
+                where = _words(self.path.parent, own=bool(self._mounts))
                 msg = (
                     f"The image needs {need >> 20} MB of memory in {where}, where {max(0, left) >> 20} MB are free. "
                     f"Pause other sandboxes, name a larger tmpfs in `{VARIABLE}`, or start the engine with "
@@ -119,22 +132,22 @@ def place() -> tuple[str, int]:
     finally:
         if mount is not None:
             os.close(mount)
-    return _words(path, mount), min(disk.f_blocks * disk.f_frsize, _meminfo("MemTotal"))
+    return _words(path, own=mount is not None), min(disk.f_blocks * disk.f_frsize, _meminfo("MemTotal"))
 
 
 def _path(mount: int) -> Path:
     return Path(f"/proc/{os.getpid()}/fd/{mount}")
 
 
-def _words(parent: Path, mount: int | None) -> str:
-    return repr(str(parent)) if mount is None else "a tmpfs of the engine's own"
+def _words(parent: Path, *, own: bool) -> str:
+    return "a tmpfs of the engine's own" if own else repr(str(parent))
 
 
-def _own_mount() -> int | None:
-    return None if os.environ.get(VARIABLE) else _own_tmpfs()
+def _own_mount(*, large: bool = False) -> int | None:
+    return None if os.environ.get(VARIABLE) else _own_tmpfs(large=large)
 
 
-def _own_tmpfs() -> int | None:
+def _own_tmpfs(*, large: bool) -> int | None:
     """The root of a new tmpfs that is mounted nowhere. None: this user may not make one, or this kernel can't."""
     try:
         context = _call(_FSOPEN, b"tmpfs", _CLOEXEC)
@@ -145,9 +158,9 @@ def _own_tmpfs() -> int | None:
             _call(_FSCONFIG, context, _SET_STRING, key, value, 0)
         with contextlib.suppress(OSError):  # before Linux 6.4
             _call(_FSCONFIG, context, _SET_FLAG, b"noswap", None, 0)
-        # Pages as large as what is written: a gigabyte is opened in 0.3 s and not in 0.45.
-        with contextlib.suppress(OSError):  # of a kernel without them
-            _call(_FSCONFIG, context, _SET_STRING, b"huge", b"within_size", 0)
+        if large:
+            with contextlib.suppress(OSError):  # of a kernel without such pages
+                _call(_FSCONFIG, context, _SET_STRING, b"huge", b"within_size", 0)
         _call(_FSCONFIG, context, _CREATE, None, None, 0)
         return _call(_FSMOUNT, context, _CLOEXEC, 0)
     except OSError:

@@ -186,7 +186,7 @@ class Store:
         assert self._memory is not None
         key = self.keys.unwrap(sealed.key_id, sealed.key, sealed.context)
         try:
-            with self._memory.room(sum(sealed.sizes.values())) as plain:
+            with self._memory.room(sum(sealed.sizes.values()), opening=True) as plain:
                 return partial(_unseal, key, path, plain, sealed), plain
         except OSError as error:
             raise _unopened(path, error) from error
