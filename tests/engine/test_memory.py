@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from sandbox_tools.engine.images import held, keys, sealing
+from sandbox_tools.engine.images import held, keys, sealing, snapshots
 from sandbox_tools.engine.images.memory import Memory, place
 from sandbox_tools.engine.images.sealing import PIECE
 from sandbox_tools.engine.images.store import Store
@@ -164,6 +164,7 @@ async def test_a_disk_that_fails_while_more_is_written_is_told_of(
             raise OSError(errno.EIO, "failed")
 
     monkeypatch.setattr(os, "fdatasync", fail_once)
+    monkeypatch.setattr(snapshots, "_SYNC_EACH", 0.0)
     with pytest.raises(OSError, match="failed"):
         sealing.seal(KEY, "box/1", plain, target, threading.Event())
 

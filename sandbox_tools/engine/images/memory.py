@@ -27,6 +27,9 @@ _SHARED = Path("/dev/shm")
 # What this machine must have left besides: gVisor itself needs some to write an image.
 _SPARE = 64 << 20
 
+# Up to here large pages are at hand, and the quicker ones.
+_LITTLE = 256 << 20
+
 # fsopen(2), fsconfig(2) and fsmount(2), which have these numbers on every architecture but Alpha.
 _FSOPEN, _FSCONFIG, _FSMOUNT = 430, 431, 432
 _SET_FLAG, _SET_STRING, _CREATE, _CLOEXEC = 0, 1, 6, 1
@@ -37,13 +40,13 @@ class Memory:
 
     Args:
         path: A directory in a tmpfs that is this engine's alone.
-        opening: One for images that are opened. None: the same.
+        large: One with large pages. None: the same.
         mounts: The descriptors of the tmpfs that these are, where they have no other name.
     """
 
-    def __init__(self, path: Path, opening: Path | None = None, mounts: tuple[int, ...] = ()) -> None:
+    def __init__(self, path: Path, large: Path | None = None, mounts: tuple[int, ...] = ()) -> None:
         self.path = path
-        self._opening = opening or path
+        self._large = large or path
         self._mounts = mounts
         # Bytes that are spoken for, by directory.
         self._promised: dict[Path, int] = {}
@@ -60,8 +63,6 @@ class Memory:
         mount = _own_mount()
         if mount is None:
             return cls(_directory(state))
-        # What the runtime writes in one go would get pages of 2 MB, which a virtual machine may have to ask its host
-        # for first. What is opened is written in pieces, and is there a third sooner in pages as large as those.
         large = _own_mount(large=True)
         if large is None:
             return cls(_path(mount), mounts=(mount,))
@@ -92,7 +93,9 @@ class Memory:
             EngineError: There is no room for them.
             OSError: It can't be made.
         """
-        parent = self._opening if opening else self.path
+        # A gigabyte that the runtime writes in one go would get pages of 2 MB, which a virtual machine may have to ask
+        # its host for first. What is opened is written in pieces, and is there a third sooner in pages like those.
+        parent = self._large if opening or need <= _LITTLE else self.path
         path = parent / secrets.token_hex(8)
         with self._checking:
             disk = os.statvfs(parent)
