@@ -102,7 +102,7 @@ key_file = click.option(
 @click.option("--memory-mb", type=int, default=2048, show_default=True, metavar="MB", help="Memory of a sandbox.")
 @click.option(
     "--disk-mb",
-    type=click.IntRange(0),
+    type=click.IntRange(0, 1 << 30),
     metavar="MB",
     help="What a sandbox may write to its files at most, in whole GiB, 8 at least beside 2 GB of memory; 0: as much as "
     "there is.  [default: as its template says, or 10240]",

@@ -86,7 +86,7 @@ def test_a_template_is_built_listed_and_removed_with_what_only_it_needed(line: L
         (("build", "--memory-mb", "1024"), "Give it a name"),
         (("build", "mine", "--packages", "jq,rm -rf"), "name of a Debian package"),
         (("build", "mine", "--cpu", "0"), "cores can't be given"),
-        (("build", "mine", "--disk-mb", "0"), "can't be given. Give 1 or more"),
+        (("build", "mine", "--disk-mb", "0"), "can't be given. Give 1 to"),
         (("rm", "base"), "no template 'base' of your own"),
         (("prune", "--forget", "/nowhere/at/all"), "not known"),
     ],

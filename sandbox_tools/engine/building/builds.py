@@ -118,8 +118,11 @@ def _problem(recipe: Recipe) -> str | None:
         return f"{recipe.memory_mb} MB are not enough for a sandbox. Give it {LEAST_MEMORY_MB} or more."
     if recipe.cpu is not None and not 0.05 <= recipe.cpu <= 1024:
         return f"{recipe.cpu:g} cores can't be given. Give 0.05 or more, such as 0.5 or 2."
-    if recipe.disk_mb is not None and recipe.disk_mb < 1:
-        return f"A disk of {recipe.disk_mb} MB can't be given. Give 1 or more; it is rounded up to whole GiB."
+    if recipe.disk_mb is not None and not 1 <= recipe.disk_mb <= 1 << 30:
+        return (
+            f"A disk of {recipe.disk_mb} MB can't be given. Give 1 to {1 << 30}; it becomes whole GiB, and as many as "
+            "the sandbox's memory and processes need (8 beside 2 GB)."
+        )
     if recipe.ready_seconds <= 0:
         return "The ready check needs more than 0 seconds."
     if recipe.start is not None and not recipe.start.strip():
