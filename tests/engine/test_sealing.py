@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+import json
 import secrets
+import struct
 import threading
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -82,6 +85,24 @@ def test_pieces_that_are_missing_swapped_repeated_or_of_another_file_or_snapshot
     (source / "a").write_bytes(first)
     with pytest.raises(EngineError, match="damaged"):
         opened(tmp_path, source, sizes | {"a": PIECE})
+
+
+async def test_a_snapshot_of_an_engine_that_sealed_in_pieces_of_1_mib_is_opened(tmp_path: Path) -> None:
+    """Format 3, whose manifest does not tell the size of a piece."""
+    content, ring = secrets.token_bytes((1 << 20) + 9), keys.load(tmp_path)
+    image = directory(tmp_path / "old")
+    about = f"old\0pages.img\0{len(content)}".encode()
+    pieces = (content[: 1 << 20], content[1 << 20 :])
+    sealed_pieces = [AESGCM(KEY).encrypt(struct.pack(">IQ", 0, at), each, about) for at, each in enumerate(pieces)]
+    (image / "pages.img").write_bytes(b"".join(sealed_pieces))
+    told = {"key_id": ring.newest, "key": ring.wrap(KEY, "old"), "context": "old", "sizes": {"pages.img": len(content)}}
+    files = {"pages.img": (image / "pages.img").stat().st_size}
+    (image / MANIFEST).write_text(json.dumps({"format": 3, "runsc": "r", "cpu": "c", "files": files, "sealed": told}))
+
+    store = Store(ring, Memory.of(tmp_path))
+    async with store.opened(image, cpu="c") as plain:
+        assert (plain / "pages.img").read_bytes() == content
+    store.stop()
 
 
 def test_sealing_that_is_given_up_stops_in_the_middle(tmp_path: Path) -> None:
