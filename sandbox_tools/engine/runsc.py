@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -11,8 +12,9 @@ import signal
 from pathlib import Path
 
 from sandbox_tools.engine import bounds, groups, usage
+from sandbox_tools.engine.building.install import version_of
 from sandbox_tools.engine.runtime import Container, ContainerState, Usage
-from sandbox_tools.errors import EngineError
+from sandbox_tools.errors import ConfigError, EngineError
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +24,12 @@ _VERB_SECONDS = 300.0
 # Verbs that only ask or signal; milliseconds, unless what they ask stands still.
 _QUICK = frozenset(("state", "pause", "resume"))
 _QUICK_SECONDS = 20.0
+
+# The last release of which it is known that it writes each file of an image from its beginning to its end.
+_LAST_IN_ORDER = 20240729
+
+# Where any other writes, so that its files come whole.
+_UNORDERED = "unordered"
 
 # An ordinary user's calls run in a user namespace of their own, where `runsc` is root over that user's files only.
 _AS_USER = ("unshare", "--user", "--map-root-user", "--mount", "--net", "--")
@@ -55,9 +63,15 @@ class Runsc:
         """Write an image; without `--leave-running` a full disk would kill the container."""
         _signal(container, signal.SIGCONT)  # its tasks stand still, and gVisor has to write
         self._bound(container, None, None)  # the image is no file of the sandbox's
+        into = image if await asyncio.to_thread(_in_order, container.binary) else image / _UNORDERED
+        into.mkdir(exist_ok=True)
         await self._call(
-            container, "checkpoint", f"--image-path={image}", "--compression=none", "--leave-running", container.id
+            container, "checkpoint", f"--image-path={into}", "--compression=none", "--leave-running", container.id
         )
+        if into != image:
+            for file in into.iterdir():
+                file.rename(image / file.name)
+            into.rmdir()
 
     async def bound(self, container: Container) -> None:
         """As its bundle says; its memory, where there are control groups."""
@@ -253,6 +267,14 @@ def _pid_file(container: Container) -> Path:
 
 def _log_file(container: Container) -> Path:
     return container.directory / "runsc.log"
+
+
+@functools.cache
+def _in_order(binary: Path) -> bool:
+    try:
+        return version_of(binary) <= _LAST_IN_ORDER
+    except ConfigError:
+        return False
 
 
 def _sandbox_pid(container: Container) -> int | None:

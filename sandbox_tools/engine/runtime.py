@@ -84,6 +84,8 @@ class Runtime(Protocol):
     async def checkpoint(self, container: Container, image: Path) -> None:
         """Write memory, processes and files into an empty directory. The tasks go on or stand still as before.
 
+        Whoever reads along finds files that grow at their ends, and nowhere else, or that come whole.
+
         A failure, a full disk among them, leaves the container as it was too. Either way it may have as much memory and
         disk as it likes afterwards, until `bound`: an image that lies in memory counts as the container's.
         """

@@ -113,7 +113,7 @@ def run(
     try:
         with sole_engine(state_dir):
             engine = Engine()
-            store = Store(keys.load(state_dir, key_file), Memory.of(state_dir)) if encryption else Store()
+            store = _sealing(state_dir, key_file) if encryption else _plain(state_dir)
             listeners = [Listener(socket=_listen(state_dir, uds, host, port))]
             if host is not None:
                 if api_key is None:
@@ -294,6 +294,17 @@ def _reachable(host: str) -> str:
 
 def _url(scheme: str, host: str, listener: socket.socket) -> str:
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+
+
+def _sealing(state: Path, key_file: Path | None) -> Store:
+    return Store(keys.load(state, key_file), Memory.of(state))
+
+
+def _plain(state: Path) -> Store:
+    try:
+        return Store(memory=Memory.of(state))
+    except ConfigError:  # it is only the quicker way to the disk
+        return Store()
 
 
 def _listen(state: Path, uds: Path | None, host: str | None, port: int) -> socket.socket:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import os
 import secrets
 import subprocess
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from sandbox_tools.engine.images.sealing import PIECE
 from sandbox_tools.engine.images.store import Store
 from sandbox_tools.errors import ConfigError, EngineError
 from tests.conftest import as_root
-from tests.machine import plain_images
+from tests.machine import PATIENCE, plain_images
 
 KEY = secrets.token_bytes(32)
 
@@ -96,7 +96,9 @@ def sealed(tmp_path: Path) -> tuple[Path, dict[str, bytes]]:
     target.mkdir()
     for name, content in files.items():
         (plain / name).write_bytes(content)
-    sealing.seal(KEY, "box/1", plain, target, threading.Event())
+    whole = threading.Event()
+    whole.set()
+    sealing.seal(KEY, "box/1", plain, target, whole=whole, stop=threading.Event())
     return target, files
 
 
@@ -148,30 +150,27 @@ def test_whoever_opens_a_file_that_proves_damaged_or_takes_too_long_gets_nothing
     assert got == [b"", b""]
 
 
-async def test_a_disk_that_fails_while_more_is_written_is_told_of(
+def test_a_disk_that_refuses_to_begin_while_more_is_written_is_told_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kernel tells of it once, and the sync at the end would know nothing."""
-    plain, target = tmp_path / "plain", tmp_path / "sealed"
-    plain.mkdir()
-    target.mkdir()
-    (plain / "pages.img").write_bytes(bytes(64 * PIECE))
-    failed = threading.Event()
+    refused = threading.Event()
 
-    def fail_once(fd: int) -> None:
-        if not failed.is_set():
-            failed.set()
+    def refuse_once(_fd: int) -> None:
+        if not refused.is_set():
+            refused.set()
             raise OSError(errno.EIO, "failed")
 
-    monkeypatch.setattr(os, "fdatasync", fail_once)
-    monkeypatch.setattr(snapshots, "_SYNC_EACH", 0.0)
-    with pytest.raises(OSError, match="failed"):
-        sealing.seal(KEY, "box/1", plain, target, threading.Event())
-
-    failed.clear()
-    store = Store()
-    draft = store.begin(tmp_path / "1", 0)
-    (draft.path / "pages.img").write_bytes(b"written")
-    with pytest.raises(OSError, match="failed"):
-        async with store.written(draft):
-            await asyncio.to_thread(failed.wait)
+    monkeypatch.setattr(snapshots, "_begin_writing", refuse_once)
+    monkeypatch.setattr(snapshots, "_LOOK_EACH", 0.001)
+    for store in (Store(), Store(keys.load(tmp_path), Memory.of(tmp_path))):
+        refused.clear()
+        draft = store.begin(tmp_path / "1", 1 << 20)
+        (draft.path / "pages.img").write_bytes(b"written")
+        with ThreadPoolExecutor(1) as thread:
+            bringing = thread.submit(store.bring, draft)
+            assert refused.wait(PATIENCE)
+            draft.whole.set()
+        with pytest.raises(OSError, match="failed"):
+            bringing.result()
+        store.drop(draft)
+        store.stop()

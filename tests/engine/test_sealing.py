@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
+import os
 import secrets
 import struct
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sandbox_tools.engine.images import keys, sealing
@@ -22,6 +28,7 @@ from sandbox_tools.engine.images.sealing import PIECE, TAG
 from sandbox_tools.engine.images.snapshots import MANIFEST, Manifest, commit
 from sandbox_tools.engine.images.store import Store
 from sandbox_tools.errors import ConfigError, EngineError
+from tests.machine import PATIENCE
 
 KEY = secrets.token_bytes(32)
 SIZES = (0, 1, PIECE - 1, PIECE, PIECE + 1, 5 * PIECE + 7)
@@ -36,7 +43,13 @@ def directory(path: Path, files: dict[str, bytes] | None = None) -> Path:
 
 def sealed(tmp_path: Path, files: dict[str, bytes], context: str = "box/1") -> tuple[Path, dict[str, int]]:
     plain, target = directory(tmp_path / "plain", files), directory(tmp_path / "sealed")
-    return target, sealing.seal(KEY, context, plain, target, threading.Event())
+    return target, sealing.seal(KEY, context, plain, target, whole=done(), stop=threading.Event())
+
+
+def done() -> threading.Event:
+    event = threading.Event()
+    event.set()
+    return event
 
 
 def opened(tmp_path: Path, source: Path, sizes: dict[str, int], context: str = "box/1") -> dict[str, bytes]:
@@ -52,7 +65,7 @@ def test_files_of_every_size_come_back_as_they_were_and_nothing_of_them_is_in_wh
     assert opened(tmp_path, source, sizes) == files
     for name, content in files.items():
         on_disk = (source / name).read_bytes()
-        assert len(on_disk) == len(content) + -(-len(content) // PIECE) * TAG
+        assert len(on_disk) == len(content) + max(1, -(-len(content) // PIECE)) * TAG
         assert len(content) < 16 or content[:16] not in on_disk
 
 
@@ -87,33 +100,126 @@ def test_pieces_that_are_missing_swapped_repeated_or_of_another_file_or_snapshot
         opened(tmp_path, source, sizes | {"a": PIECE})
 
 
-async def test_a_snapshot_of_an_engine_that_sealed_in_pieces_of_1_mib_is_opened(tmp_path: Path) -> None:
-    """Format 3, whose manifest does not tell the size of a piece."""
-    content, ring = secrets.token_bytes((1 << 20) + 9), keys.load(tmp_path)
-    image = directory(tmp_path / "old")
-    about = f"old\0pages.img\0{len(content)}".encode()
-    pieces = (content[: 1 << 20], content[1 << 20 :])
-    sealed_pieces = [AESGCM(KEY).encrypt(struct.pack(">IQ", 0, at), each, about) for at, each in enumerate(pieces)]
-    (image / "pages.img").write_bytes(b"".join(sealed_pieces))
-    told = {"key_id": ring.newest, "key": ring.wrap(KEY, "old"), "context": "old", "sizes": {"pages.img": len(content)}}
-    files = {"pages.img": (image / "pages.img").stat().st_size}
-    (image / MANIFEST).write_text(json.dumps({"format": 3, "runsc": "r", "cpu": "c", "files": files, "sealed": told}))
+@pytest.mark.parametrize(("form", "piece"), [(3, 1 << 20), (4, PIECE)])
+async def test_a_snapshot_of_an_engine_that_sealed_what_was_whole_already_is_opened(
+    tmp_path: Path, form: int, piece: int
+) -> None:
+    """Every piece knows its file's length, files have their numbers by name; format 3 does not tell a piece's size."""
+    contents = {"b": b"", "pages.img": secrets.token_bytes(piece + 9), "a": secrets.token_bytes(7)}
+    ring, image = keys.load(tmp_path), directory(tmp_path / "old")
+    for number, name in enumerate(sorted(contents)):
+        content, about = contents[name], f"old\0{name}\0{len(contents[name])}".encode()
+        pieces = [content[at : at + piece] for at in range(0, len(content), piece)]
+        sealed = [AESGCM(KEY).encrypt(struct.pack(">IQ", number, at), each, about) for at, each in enumerate(pieces)]
+        (image / name).write_bytes(b"".join(sealed))
+    sizes = {name: len(content) for name, content in contents.items()}
+    told = {"key_id": ring.newest, "key": ring.wrap(KEY, "old"), "context": "old", "sizes": sizes}
+    told |= {"piece": piece} if form > 3 else {}
+    files = {name: (image / name).stat().st_size for name in contents}
+    manifest = {"format": form, "runsc": "r", "cpu": "c", "files": files, "sealed": told}
+    (image / MANIFEST).write_text(json.dumps(manifest))
 
     store = Store(ring, Memory.of(tmp_path))
     async with store.opened(image, cpu="c") as plain:
-        assert (plain / "pages.img").read_bytes() == content
+        assert {name: (plain / name).read_bytes() for name in contents} == contents
     store.stop()
 
 
 def test_sealing_that_is_given_up_stops_in_the_middle(tmp_path: Path) -> None:
-    plain, target, stop = (
-        directory(tmp_path / "plain", {"a": bytes(8 * PIECE)}),
-        directory(tmp_path / "out"),
-        threading.Event(),
-    )
-    stop.set()
+    plain, target = directory(tmp_path / "plain", {"a": bytes(8 * PIECE)}), directory(tmp_path / "out")
     with pytest.raises(sealing.GivenUpError):
-        sealing.seal(KEY, "box/1", plain, target, stop)
+        sealing.seal(KEY, "box/1", plain, target, whole=done(), stop=done())
+    with pytest.raises(sealing.GivenUpError):
+        sealing.seal(KEY, "box/1", plain, directory(tmp_path / "more"), whole=threading.Event(), stop=done())
+
+
+class Growth:
+    """A directory whose files grow while it is sealed."""
+
+    def __init__(self, tmp_path: Path, *, plain: bool = False) -> None:
+        self.plain, self.target = directory(tmp_path / "growing"), directory(tmp_path / "followed")
+        self.files: dict[str, bytes] = {}
+        self.whole = threading.Event()
+        self.threads = ThreadPoolExecutor(1)
+        work = sealing.copy if plain else partial(sealing.seal, KEY, "box/1")
+        self.sealing = self.threads.submit(work, self.plain, self.target, whole=self.whole, stop=threading.Event())
+
+    def grow(self, name: str, size: int) -> None:
+        content = secrets.token_bytes(size)
+        self.files[name] = self.files.get(name, b"") + content
+        with (self.plain / name).open("ab") as file:
+            file.write(content)
+
+    def followed(self) -> None:
+        """Until everything is sealed that may be."""
+        deadline = time.monotonic() + PATIENCE
+        for name, content in self.files.items():
+            pieces = max(0, -(-len(content) // PIECE) - 1)
+            while not self.sealing.done():
+                with contextlib.suppress(FileNotFoundError):
+                    if (self.target / name).stat().st_size >= pieces * PIECE:
+                        break
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
+
+    def end(self) -> Any:
+        self.whole.set()
+        try:
+            return self.sealing.result(PATIENCE)
+        finally:
+            self.threads.shutdown()
+
+
+GROWN = st.sampled_from((0, 1, PIECE - 1, PIECE, PIECE + 1, 3 * PIECE))
+
+
+@settings(max_examples=40, deadline=None)
+@given(steps=st.lists(st.tuples(st.sampled_from("abc"), GROWN, st.booleans()), max_size=8))
+def test_what_grows_while_it_is_sealed_is_sealed_whole_however_it_grows(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, int, bool]]
+) -> None:
+    tmp_path = tmp_path_factory.mktemp("growth")
+    growth = Growth(tmp_path)
+    for name, size, wait in steps:
+        growth.grow(name, size)
+        if wait:
+            growth.followed()
+    sizes = growth.end()
+
+    assert sizes == {name: len(content) for name, content in growth.files.items()}
+    assert opened(tmp_path, growth.target, sizes) == growth.files
+    # As an earlier moment would have been, had it been the end: cut after a whole piece, and its manifest too.
+    for name, content in growth.files.items():
+        whole = (growth.target / name).read_bytes()
+        for pieces in range((len(content) - 1) // PIECE):
+            (growth.target / name).write_bytes(whole[: (pieces + 1) * (PIECE + TAG)])
+            with pytest.raises(EngineError, match="damaged"):
+                opened(tmp_path, growth.target, sizes | {name: (pieces + 1) * PIECE})
+        (growth.target / name).write_bytes(whole)
+        if content:
+            (growth.target / name).write_bytes(b"")
+            with pytest.raises(EngineError, match="damaged"):
+                opened(tmp_path, growth.target, sizes | {name: 0})
+            (growth.target / name).write_bytes(whole)
+
+
+def test_what_is_not_sealed_is_followed_just_so(tmp_path: Path) -> None:
+    growth = Growth(tmp_path, plain=True)
+    for _ in range(3):
+        growth.grow("pages.img", 3 * PIECE + 1)
+        growth.followed()
+    growth.end()
+    assert {path.name: path.read_bytes() for path in growth.target.iterdir()} == growth.files
+
+
+def test_a_file_that_is_cut_while_it_is_sealed_is_refused(tmp_path: Path) -> None:
+    """A piece that changes would be sealed twice under one nonce."""
+    growth = Growth(tmp_path)
+    growth.grow("pages.img", 3 * PIECE)
+    growth.followed()
+    os.truncate(growth.plain / "pages.img", PIECE)
+    with pytest.raises(EngineError, match="was cut"):
+        growth.end()
 
 
 def test_a_key_is_made_once_in_a_file_that_is_its_owners_only(tmp_path: Path) -> None:
@@ -171,7 +277,8 @@ def snapshot(state: Path, store: Store, where: str) -> Path:
     final.parent.mkdir(parents=True, exist_ok=True)
     draft = store.begin(final, 1 << 20)
     (draft.path / "pages.img").write_bytes(b"secret" * 1000)
-    commit(draft.partial, final, runsc="r", cpu="c", sealed=store.seal(draft))
+    draft.whole.set()
+    commit(draft.partial, final, runsc="r", cpu="c", sealed=store.bring(draft))
     return final
 
 

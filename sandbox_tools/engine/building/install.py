@@ -161,7 +161,12 @@ def make_directory(path: Path) -> None:
     raise ConfigError(msg, op="setup")
 
 
-def _checked(path: Path) -> Runsc:
+def version_of(path: Path) -> int:
+    """The release date of a `runsc`, as yyyymmdd.
+
+    Raises:
+        ConfigError: It can't be run, or does not tell.
+    """
     try:
         done = subprocess.run([path, "--version"], capture_output=True, text=True, errors="replace", check=False)
     except OSError as error:
@@ -173,7 +178,11 @@ def _checked(path: Path) -> Runsc:
         msg = f"{str(path)!r} does not name its version. Set `SANDBOX_TOOLS_RUNSC` to a released `runsc`."
         raise ConfigError(msg, op="setup")
 
-    version = int(found[1])
+    return int(found[1])
+
+
+def _checked(path: Path) -> Runsc:
+    version = version_of(path)
     if version < MINIMUM_VERSION:
         msg = f"{str(path)!r} is version {version}, older than {MINIMUM_VERSION}. Run `sandbox-tools setup`."
         raise ConfigError(msg, op="setup")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import shutil
@@ -15,15 +16,16 @@ from sandbox_tools.errors import EngineError
 FORMAT = 2
 """Raised when an engine can no longer speak with the guests in older images. 2: larger frames in the tunnel."""
 
-SEALED = 4
-"""The format of an image whose files are sealed. 3: in pieces of 1 MiB, which it does not tell."""
+SEALED = 5
+"""The format of an image whose files are sealed. Up to 4 each piece knows its file's length; 3 has pieces of 1 MiB."""
 
 MANIFEST = "manifest.json"
 DESCRIPTION = "snapshot.json"
 """What a snapshot that users know by name or id says of itself; those that sandboxes sleep in have none."""
 _PARTIAL = ".partial-"
 
-_SYNC_EACH = 0.01  # seconds
+_LOOK_EACH = 0.01  # seconds
+_SYNC_FILE_RANGE_WRITE = 2
 
 PIECES = 64
 PIECE = 64 << 10  # bytes
@@ -44,6 +46,8 @@ class Sealed(BaseModel):
     """Bytes of each file when it is plain."""
     piece: int = 1 << 20
     """Bytes of each piece that was sealed by itself, when plain."""
+    grown: bool = False
+    """Whether the files were sealed as they grew. Their order in `sizes` is that of their numbers then."""
 
 
 class Manifest(BaseModel):
@@ -119,7 +123,7 @@ def verify(path: Path, *, cpu: str) -> Manifest:
         msg = f"The snapshot {path.name!r} is missing or torn ({type(error).__name__}). It cannot be resumed."
         raise EngineError(msg, op="restore") from error
 
-    readable = (FORMAT,) if manifest.sealed is None else (3, SEALED)
+    readable = (FORMAT,) if manifest.sealed is None else (3, 4, SEALED)
     if manifest.format not in readable:
         known = readable[-1]
         msg = f"The snapshot {path.name!r} has format {manifest.format}, not {known}. Use the engine that wrote it."
@@ -158,19 +162,29 @@ def sweep(directory: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def keep_syncing(directory: Path, done: threading.Event) -> None:
+def keep_at_work(directory: Path, done: threading.Event) -> None:
     """Have the disk at work on files that are being written: a third less until all is on it. Who needs it there syncs.
 
+    It is only asked to begin (sync_file_range(2)). To wait for it would hold up whoever writes, and what the kernel has
+    told of a disk that fails it does not tell again to the sync at the end.
+
     Raises:
-        OSError: Some of it could not be written. The kernel tells of that once: a later sync would know nothing.
+        OSError: It refuses.
     """
-    while not done.wait(_SYNC_EACH):
-        for path in directory.iterdir():
+    while not done.wait(_LOOK_EACH):
+        for path in filter(Path.is_file, directory.iterdir()):
             fd = os.open(path, os.O_RDONLY)
             try:
-                os.fdatasync(fd)
+                _begin_writing(fd)
             finally:
                 os.close(fd)
+
+
+def _begin_writing(fd: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    zero = ctypes.c_int64(0)
+    if libc.sync_file_range(fd, zero, zero, _SYNC_FILE_RANGE_WRITE):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def sync(path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sandbox_tools.engine.images import sealing, snapshots
 from sandbox_tools.engine.images.keys import KEY_BYTES, Keyring
-from sandbox_tools.engine.images.memory import Memory
+from sandbox_tools.engine.images.memory import LITTLE, Memory
 from sandbox_tools.engine.images.snapshots import MANIFEST, Manifest, Sealed, write_durably
 from sandbox_tools.errors import EngineError
 
@@ -26,13 +26,15 @@ class Draft:
     Attributes:
         final: Where the snapshot will be.
         partial: Where it becomes what it will be; beside `final`, so that a rename ends it.
-        path: Where the runtime writes it: in memory, or `partial` where nothing is sealed.
+        path: Where the runtime writes it: in memory, or `partial`.
+        whole: Set when the runtime has written all of it.
         given_up: Set when nobody wants it any more.
     """
 
     final: Path
     partial: Path
     path: Path
+    whole: threading.Event = field(default_factory=threading.Event)
     given_up: threading.Event = field(default_factory=threading.Event)
 
 
@@ -41,7 +43,7 @@ class Store:
 
     Args:
         keys: What they are sealed with. None: they are not, and lie on the disk as they are.
-        memory: Where they are plain while they are written and read. None where `keys` is.
+        memory: Where they are plain while they are written and read. None: only where `keys` is.
     """
 
     def __init__(self, keys: Keyring | None = None, memory: Memory | None = None) -> None:
@@ -65,57 +67,59 @@ class Store:
             need: Bytes that it may have.
 
         Raises:
-            EngineError: It would not fit into memory.
+            EngineError: It would not fit into memory, where it has to.
             OSError: The disk is full or failing.
         """
         beside = snapshots.begin(final)
-        if self._memory is None:
-            return Draft(final=final, partial=beside, path=beside)
-
         try:
-            with self._memory.room(need) as plain:
-                return Draft(final=final, partial=beside, path=plain)
+            return Draft(final=final, partial=beside, path=self._plain(need) or beside)
         except BaseException:
             shutil.rmtree(beside, ignore_errors=True)
             raise
 
-    @asynccontextmanager
-    async def written(self, draft: Draft) -> AsyncIterator[None]:
-        """While the runtime writes a draft: where that is on the disk already, it is kept at work.
-
-        Raises:
-            OSError: The disk is full or failing.
-        """
-        if draft.path != draft.partial:
-            yield
-            return
-
-        done = threading.Event()
-        syncing = asyncio.ensure_future(asyncio.to_thread(snapshots.keep_syncing, draft.partial, done))
+    def _plain(self, need: int) -> Path | None:
+        """A directory in memory; None: the runtime may as well write to the disk itself."""
+        if self._memory is None or (self.keys is None and need <= LITTLE):
+            return None
         try:
-            yield
-        finally:
-            done.set()
-            await asyncio.wait({syncing})
-            failure = syncing.exception()
-        if failure is not None:
-            raise failure
+            with self._memory.room(need) as plain:
+                return plain
+        except EngineError:
+            if self.keys is None:
+                return None
+            raise
 
-    def seal(self, draft: Draft) -> Sealed | None:
-        """Bring what the runtime has written to its place on the disk, and free the memory. None: it is there already.
+    def bring(self, draft: Draft) -> Sealed | None:
+        """Bring what the runtime writes to its place on the disk, and free the memory. None: it lies there plain.
+
+        It ends when the draft is `whole`; begun before that, it keeps pace.
 
         Raises:
+            EngineError: The runtime has cut a file that it had begun.
             OSError: The disk is full or failing.
             sealing.GivenUpError: Nobody wants it any more.
         """
+        if draft.path == draft.partial:
+            snapshots.keep_at_work(draft.partial, draft.whole)
+            return None
+
+        moments = {"whole": draft.whole, "stop": draft.given_up}
         if self.keys is None:
+            sealing.copy(draft.path, draft.partial, **moments)
+            self._free(draft.path)
             return None
 
         context, key = _context(draft.final), secrets.token_bytes(KEY_BYTES)
-        sizes = sealing.seal(key, context, draft.path, draft.partial, draft.given_up)
+        sizes = sealing.seal(key, context, draft.path, draft.partial, **moments)
         self._free(draft.path)
-        wrapped = self.keys.wrap(key, context)
-        return Sealed(key_id=self.keys.newest, key=wrapped, context=context, sizes=sizes, piece=sealing.PIECE)
+        return Sealed(
+            key_id=self.keys.newest,
+            key=self.keys.wrap(key, context),
+            context=context,
+            sizes=sizes,
+            piece=sealing.PIECE,
+            grown=True,
+        )
 
     def drop(self, draft: Draft) -> None:
         """Leave nothing of a draft; a snapshot that it has become stays."""
@@ -198,7 +202,9 @@ class Store:
 
 def _unseal(key: bytes, path: Path, plain: Path, sealed: Sealed, *, near: Callable[[], None]) -> None:
     try:
-        sealing.unseal(key, sealed.context, sealed.sizes, path, plain, piece=sealed.piece, near=near)
+        sealing.unseal(
+            key, sealed.context, sealed.sizes, path, plain, piece=sealed.piece, grown=sealed.grown, near=near
+        )
     except OSError as error:
         raise _unopened(path, error) from error
 

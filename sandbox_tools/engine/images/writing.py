@@ -70,9 +70,9 @@ class Writing:
                 try:
                     if wanted.is_set():
                         raise WantedError
-                    async with self._store.written(draft):
-                        await self._runtime.checkpoint(container, draft.path)
-                    sealed = await self._seal(draft, description, wanted)
+                    sealed = await self._image(container, draft, wanted)
+                    if description is not None:
+                        (draft.partial / snapshots.DESCRIPTION).write_text(description, encoding="utf-8")
                 except BaseException:
                     await asyncio.to_thread(self._store.drop, draft)
                     raise
@@ -98,17 +98,22 @@ class Writing:
                 self._turns.release()
             raise WantedError
 
-    async def _seal(self, draft: Draft, description: str | None, wanted: asyncio.Event) -> snapshots.Sealed | None:
-        work = asyncio.ensure_future(asyncio.to_thread(self._store.seal, draft))
-        await _either(work, wanted)
-        if wanted.is_set():
+    async def _image(self, container: Container, draft: Draft, wanted: asyncio.Event) -> snapshots.Sealed | None:
+        """Brought to its place while the runtime writes it, so that the disk is not idle until that has ended."""
+        bringing = asyncio.ensure_future(asyncio.to_thread(self._store.bring, draft))
+        try:
+            await self._runtime.checkpoint(container, draft.path)
+            draft.whole.set()
+            await _either(bringing, wanted)
+            if wanted.is_set():
+                raise WantedError
+            return bringing.result()
+        except BaseException:
             draft.given_up.set()
-            await asyncio.wait({work})
-            work.exception()
-            raise WantedError
-        if description is not None:
-            (draft.partial / snapshots.DESCRIPTION).write_text(description, encoding="utf-8")
-        return work.result()
+            draft.whole.set()
+            await asyncio.wait({bringing})
+            bringing.exception()
+            raise
 
     async def _commit(
         self, draft: Draft, sealed: snapshots.Sealed | None, runsc: str, wanted: asyncio.Event
