@@ -27,8 +27,8 @@ _SHARED = Path("/dev/shm")
 # What this machine must have left besides: gVisor itself needs some to write an image.
 _SPARE = 64 << 20
 
-LITTLE = 256 << 20
-"""Bytes up to which large pages are at hand, and the quicker ones."""
+# Up to here large pages are at hand, and the quicker ones.
+_LITTLE = 256 << 20
 
 # fsopen(2), fsconfig(2) and fsmount(2), which have these numbers on every architecture but Alpha.
 _FSOPEN, _FSCONFIG, _FSMOUNT = 430, 431, 432
@@ -95,7 +95,7 @@ class Memory:
         """
         # A gigabyte that the runtime writes in one go would get pages of 2 MB, which a virtual machine may have to ask
         # its host for first. What is opened is written in pieces, and is there a third sooner in pages like those.
-        parent = self._large if opening or need <= LITTLE else self.path
+        parent = self._large if opening or need <= _LITTLE else self.path
         path = parent / secrets.token_hex(8)
         with self._checking:
             disk = os.statvfs(parent)

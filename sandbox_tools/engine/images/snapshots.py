@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -91,18 +92,21 @@ def commit(partial: Path, final: Path, *, runsc: str, cpu: str, sealed: Sealed |
         OSError: The disk is full or failing; `final` does not exist then.
     """
     paths = sorted(partial.iterdir())
-    manifest = Manifest(
-        format=FORMAT if sealed is None else SEALED,
-        runsc=runsc,
-        cpu=cpu,
-        files={path.name: path.stat().st_size for path in paths},
-        # What is sealed is looked through as a whole when it is opened.
-        digests={path.name: _digest(path) for path in paths if sealed is None or path.name not in sealed.sizes},
-        sealed=sealed,
-    )
+    with ThreadPoolExecutor(1) as thread:
+        synced = [thread.submit(sync, path) for path in paths]
+        manifest = Manifest(
+            format=FORMAT if sealed is None else SEALED,
+            runsc=runsc,
+            cpu=cpu,
+            files={path.name: path.stat().st_size for path in paths},
+            # What is sealed is looked through as a whole when it is opened.
+            digests={path.name: _digest(path) for path in paths if sealed is None or path.name not in sealed.sizes},
+            sealed=sealed,
+        )
+        for each in synced:
+            each.result()
     (partial / MANIFEST).write_text(manifest.model_dump_json(), encoding="utf-8")
-    for path in partial.iterdir():
-        sync(path)
+    sync(partial / MANIFEST)
     sync(partial)
     partial.rename(final)
     sync(final.parent)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sandbox_tools.engine.images import sealing, snapshots
 from sandbox_tools.engine.images.keys import KEY_BYTES, Keyring
-from sandbox_tools.engine.images.memory import LITTLE, Memory
+from sandbox_tools.engine.images.memory import Memory
 from sandbox_tools.engine.images.snapshots import MANIFEST, Manifest, Sealed, write_durably
 from sandbox_tools.errors import EngineError
 
@@ -78,8 +78,8 @@ class Store:
             raise
 
     def _plain(self, need: int) -> Path | None:
-        """A directory in memory; None: the runtime may as well write to the disk itself."""
-        if self._memory is None or (self.keys is None and need <= LITTLE):
+        """A directory in memory. None: the runtime has to write to the disk itself, which takes a third longer."""
+        if self._memory is None:
             return None
         try:
             with self._memory.room(need) as plain:
