@@ -30,7 +30,7 @@ def measure(pid: int, container: Container) -> Usage:
 
 def image(pid: int, container: Container) -> int:
     """Bytes that an image of the container may have: its memory and its files, and what gVisor knows of both."""
-    return _blocks(pid, _MEMORY_FILE) + _blocks(pid, f"{container.filestore}/") + _GVISORS
+    return _blocks(pid, _MEMORY_FILE, f"{container.filestore}/") + _GVISORS
 
 
 def memory(pid: int) -> int:
@@ -78,12 +78,14 @@ def _cache(pid: int) -> int:
     return 0
 
 
-def _blocks(pid: int, name: str) -> int:
+def _blocks(pid: int, *names: str) -> int:
     """Bytes of open files whose names begin so; what has no name any more is found only by who holds it open."""
     found = {}
-    for fd in Path(f"/proc/{pid}/fd").glob("*"):
-        with contextlib.suppress(OSError):
-            if os.readlink(fd).startswith(name):
-                held = fd.stat()
-                found[held.st_dev, held.st_ino] = held.st_blocks * 512
+    with contextlib.suppress(OSError):
+        for fd in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                link = f"/proc/{pid}/fd/{fd}"
+                if os.readlink(link).startswith(names):
+                    held = os.stat(link)
+                    found[held.st_dev, held.st_ino] = held.st_blocks * 512
     return sum(found.values())

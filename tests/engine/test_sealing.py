@@ -69,6 +69,22 @@ def test_files_of_every_size_come_back_as_they_were_and_nothing_of_them_is_in_wh
         assert len(content) < 16 or content[:16] not in on_disk
 
 
+def test_files_that_have_to_come_from_the_disk_are_there_as_whole(tmp_path: Path) -> None:
+    files = {"checkpoint.img": secrets.token_bytes(1000), "pages.img": secrets.token_bytes(64 * PIECE + 9)}
+    source, sizes = sealed(tmp_path, files)
+    for path in source.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            try:
+                os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT)
+            except BlockingIOError:
+                continue
+            pytest.skip("temporary files are in memory here, so that none has to come from the disk")
+
+    assert opened(tmp_path, source, sizes) == files
+
+
 @given(at=st.integers(0, 2 * PIECE + 8), bit=st.integers(0, 7))
 def test_one_changed_bit_anywhere_is_refused(tmp_path_factory: pytest.TempPathFactory, at: int, bit: int) -> None:
     tmp_path = tmp_path_factory.mktemp("bit")

@@ -54,6 +54,7 @@ def seal(
         stop: Give up when it is set.
 
     Raises:
+        EngineError: One was cut.
         OSError: The disk is full or failing.
         GivenUpError: As asked.
     """
@@ -107,6 +108,7 @@ def unseal(
         with contextlib.ExitStack() as opened, ThreadPoolExecutor(_THREADS) as threads:
             writing = {name: opened.enter_context(_new(target / name)) for name in names}
             held = opened.enter_context(holding(writing.values(), sum(sizes.values()), near))
+            opened.enter_context(_read_ahead(source / name for name in names))
             for number, name in enumerate(names):
                 with _opened(source / name) as reading:
                     file = _File(number, name, reading, writing[name], sizes[name])
@@ -226,6 +228,33 @@ def _opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
+
+
+@contextlib.contextmanager
+def _read_ahead(paths: Iterable[Path]) -> Iterator[None]:
+    """Have the disk at work on what is not in the page cache; by itself the kernel looks ahead by 128 kB."""
+    done = threading.Event()
+
+    def read_ahead() -> None:
+        byte = bytearray(1)
+        # What can't be read is told to who needs it.
+        with contextlib.suppress(OSError):
+            for path in paths:
+                with _opened(path) as fd:
+                    for at in range(0, os.fstat(fd).st_size, PIECE):
+                        if done.is_set():
+                            return
+                        try:
+                            os.preadv(fd, [byte], at, os.RWF_NOWAIT)
+                        except BlockingIOError:
+                            os.posix_fadvise(fd, at, PIECE, os.POSIX_FADV_WILLNEED)
+
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(read_ahead)
+        try:
+            yield
+        finally:
+            done.set()
 
 
 @contextlib.contextmanager
