@@ -87,6 +87,19 @@ def test_an_image_that_memory_has_no_room_for_is_refused_before_it_is_written(tm
     store.stop()
 
 
+def test_what_is_not_sealed_goes_by_way_of_memory_or_straight_to_disk_where_there_is_no_room(tmp_path: Path) -> None:
+    store = Store(memory=Memory.of(tmp_path / "state"))
+    for name, need in (("1", 1 << 20), ("2", 1 << 50)):
+        draft = store.begin(tmp_path / name, need)
+        assert (draft.path == draft.partial) == (name == "2")
+        (draft.path / "pages.img").write_bytes(b"written" * PIECE)
+        draft.whole.set()
+        assert store.bring(draft) is None
+        assert (draft.partial / "pages.img").read_bytes() == b"written" * PIECE
+    assert plain_images(os.getpid(), tmp_path / "state") == []
+    store.stop()
+
+
 @pytest.fixture
 def sealed(tmp_path: Path) -> tuple[Path, dict[str, bytes]]:
     """A directory of sealed files, and what is in them."""
