@@ -168,7 +168,7 @@ def test_a_disk_that_refuses_to_begin_while_more_is_written_is_told_of(
 ) -> None:
     refused = threading.Event()
 
-    def refuse_once(_fd: int) -> None:
+    def refuse_once(_fd: int, _at: int) -> None:
         if not refused.is_set():
             refused.set()
             raise OSError(errno.EIO, "failed")
@@ -178,12 +178,32 @@ def test_a_disk_that_refuses_to_begin_while_more_is_written_is_told_of(
     for store in (Store(), Store(keys.load(tmp_path), Memory.of(tmp_path))):
         refused.clear()
         draft = store.begin(tmp_path / "1", 1 << 20)
-        (draft.path / "pages.img").write_bytes(b"written")
+        (draft.path / "pages.img").write_bytes(b"written" * PIECE)
         with ThreadPoolExecutor(1) as thread:
             bringing = thread.submit(store.bring, draft)
-            assert refused.wait(PATIENCE)
+            asked = refused.wait(PATIENCE)
             draft.whole.set()
+        assert asked
         with pytest.raises(OSError, match="failed"):
             bringing.result()
         store.drop(draft)
         store.stop()
+
+
+def test_a_slow_disk_is_not_waited_for_once_somebody_wants_the_sandbox_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every 16 MB that it is asked to begin with may take it a second."""
+    begun: list[int] = []
+    done = threading.Event()
+
+    def begin(_fd: int, at: int) -> None:
+        begun.append(at)
+        if len(begun) == 3:
+            done.set()
+
+    monkeypatch.setattr(snapshots, "_begin_writing", begin)
+    with (tmp_path / "pages.img").open("wb") as file:
+        file.truncate(1 << 30)
+    snapshots.keep_at_work(tmp_path, done)
+    assert begun == [0, 16 << 20, 32 << 20]

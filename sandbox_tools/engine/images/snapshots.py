@@ -26,6 +26,7 @@ DESCRIPTION = "snapshot.json"
 _PARTIAL = ".partial-"
 
 _LOOK_EACH = 0.01  # seconds
+_BEGUN_AT_ONCE = 16 << 20  # bytes
 _SYNC_FILE_RANGE_WRITE = 2
 
 PIECES = 64
@@ -179,15 +180,18 @@ def keep_at_work(directory: Path, done: threading.Event) -> None:
         for path in filter(Path.is_file, directory.iterdir()):
             fd = os.open(path, os.O_RDONLY)
             try:
-                _begin_writing(fd)
+                # A little at a time: even to begin takes a slow disk long, and `done` may mean that somebody waits.
+                for at in range(0, os.fstat(fd).st_size, _BEGUN_AT_ONCE):
+                    if done.is_set():
+                        return
+                    _begin_writing(fd, at)
             finally:
                 os.close(fd)
 
 
-def _begin_writing(fd: int) -> None:
+def _begin_writing(fd: int, at: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
-    zero = ctypes.c_int64(0)
-    if libc.sync_file_range(fd, zero, zero, _SYNC_FILE_RANGE_WRITE):
+    if libc.sync_file_range(fd, ctypes.c_int64(at), ctypes.c_int64(_BEGUN_AT_ONCE), _SYNC_FILE_RANGE_WRITE):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
