@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
 import subprocess
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -188,6 +190,53 @@ def test_a_disk_that_refuses_to_begin_while_more_is_written_is_told_of(
             bringing.result()
         store.drop(draft)
         store.stop()
+
+
+@pytest.fixture
+def failing_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 128 MB on a disk that can hold no more than 24, and notices when it is written to in earnest."""
+    below, disk = tmp_path / "below", tmp_path / "disk"
+    below.mkdir()
+    disk.mkdir()
+    with contextlib.ExitStack() as mounted:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", below], check=True)
+        mounted.callback(subprocess.run, ["umount", below], check=True)
+        with (below / "image").open("wb") as file:
+            file.truncate(128 << 20)
+        subprocess.run(["mkfs.ext4", "-q", "-O", "^has_journal", below / "image"], check=True)
+        looped = subprocess.run(["mount", "-o", "loop", below / "image", disk], capture_output=True, text=True)
+        if looped.returncode:
+            pytest.skip(f"no file can be mounted as a disk here: {looped.stderr.strip()}")
+        mounted.callback(subprocess.run, ["umount", disk], check=True)
+        yield disk
+
+
+@as_root
+def test_a_disk_that_fails_while_it_is_kept_at_work_makes_no_snapshot(
+    failing_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it was asked to begin with and could not keep is noticed at the end, by who needs it there."""
+    store = Store()
+    draft = store.begin(failing_disk / "1", 0)
+    (draft.path / "pages.img").write_bytes(secrets.token_bytes(60 << 20))
+    begin, looks, looked = snapshots._begin_writing, iter(range(20)), threading.Event()
+
+    def count(fd: int, at: int) -> None:
+        begin(fd, at)
+        if next(looks, None) is None:
+            looked.set()
+
+    monkeypatch.setattr(snapshots, "_begin_writing", count)
+    with ThreadPoolExecutor(1) as thread:
+        bringing = thread.submit(store.bring, draft)
+        enough = looked.wait(PATIENCE)
+        draft.whole.set()
+        assert bringing.result(PATIENCE) is None
+
+    assert enough
+    with pytest.raises(OSError, match=r"No space|Input/output"):
+        snapshots.commit(draft.partial, draft.final, runsc="r", cpu="c")
+    assert not draft.final.exists()
 
 
 def test_a_slow_disk_is_not_waited_for_once_somebody_wants_the_sandbox_back(

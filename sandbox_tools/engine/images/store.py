@@ -78,7 +78,7 @@ class Store:
             raise
 
     def _plain(self, need: int) -> Path | None:
-        """A directory in memory. None: the runtime has to write to the disk itself, which takes a third longer."""
+        """A directory in memory. None: the runtime has to write to the disk itself: a gigabyte takes a third longer."""
         if self._memory is None:
             return None
         try:
