@@ -13,6 +13,7 @@ from pathlib import Path
 
 from sandbox_tools.engine import bounds, groups, usage
 from sandbox_tools.engine.building.install import version_of
+from sandbox_tools.engine.gate import Gate, end_if_shut
 from sandbox_tools.engine.runtime import Container, ContainerState, Usage
 from sandbox_tools.errors import ConfigError, EngineError
 
@@ -59,15 +60,29 @@ class Runsc:
         """Bring back from an image; whatever an ended guest logs is dropped, as it could fill the disk."""
         await self._start(container, "restore", f"--image-path={image}", stderr=asyncio.subprocess.DEVNULL)
 
-    async def checkpoint(self, container: Container, image: Path) -> None:
-        """Write an image; without `--leave-running` a full disk would kill the container."""
-        _signal(container, signal.SIGCONT)  # its tasks stand still, and gVisor has to write
-        self._bound(container, None, None)  # the image is no file of the sandbox's
+    async def checkpoint(self, container: Container, image: Path, *, after: asyncio.Future[None] | None = None) -> None:
+        """Write an image; without `--leave-running` a full disk would kill the container.
+
+        A `runsc` takes as long to start as to freeze a container: this one starts before it may begin.
+        """
         into = image if await asyncio.to_thread(_in_order, container.binary) else image / _UNORDERED
         into.mkdir(exist_ok=True)
-        await self._call(
-            container, "checkpoint", f"--image-path={into}", "--compression=none", "--leave-running", container.id
-        )
+        arguments = (f"--image-path={into}", "--compression=none", "--leave-running", container.id)
+        with Gate(container.directory) as gate:
+            argv = [*self._prefix(container, gate.path), "checkpoint", *arguments]
+            process = await self._spawn(argv)
+            try:
+                if after is not None:
+                    await asyncio.wait({after})
+                    after.result()
+                _signal(container, signal.SIGCONT)  # its tasks stand still, and gVisor has to write
+                self._bound(container, None, None)  # the image is no file of the sandbox's
+            except BaseException:
+                process.kill()
+                await process.wait()
+                raise
+            gate.open()
+            await self._end(process, argv, "checkpoint", container)
         if into != image:
             for file in into.iterdir():
                 file.rename(image / file.name)
@@ -168,6 +183,7 @@ class Runsc:
                 argv = process.read_text(errors="replace").split("\0")
                 # `boot` and `gofer` are the containers themselves.
                 if f"--root={self._state}" in argv and not {"boot", "gofer"} & set(argv):
+                    end_if_shut(int(process.parent.name))
                     return True
         return False
 
@@ -202,24 +218,27 @@ class Runsc:
             # Deleting by force what never came to be is no error; anything else leaves a control group behind.
             log.warning("The records of container %s could not be removed: %s", container.id, error)
 
-    async def _call(
+    async def _call(self, container: Container | None, verb: str, *arguments: str, **streams: int) -> str:
+        argv = [*self._prefix(container), verb, *arguments]
+        return await self._end(await self._spawn(argv, **streams), argv, verb, container)
+
+    async def _spawn(
         self,
-        container: Container | None,
-        verb: str,
-        *arguments: str,
+        argv: list[str],
+        *,
         stdin: int = asyncio.subprocess.DEVNULL,
         stdout: int = asyncio.subprocess.PIPE,
         stderr: int = asyncio.subprocess.PIPE,
-    ) -> str:
-        argv = [*self._prefix(container), verb, *arguments]
-        process = await asyncio.create_subprocess_exec(
-            *argv,
-            stdin=stdin,
-            stdout=stdout,
-            stderr=stderr,
-            # A Ctrl-C for the engine's terminal is not for its sandboxes.
-            start_new_session=True,
+    ) -> asyncio.subprocess.Process:
+        # A Ctrl-C for the engine's terminal is not for its sandboxes.
+        return await asyncio.create_subprocess_exec(
+            *argv, stdin=stdin, stdout=stdout, stderr=stderr, start_new_session=True
         )
+
+    async def _end(
+        self, process: asyncio.subprocess.Process, argv: list[str], verb: str, container: Container | None
+    ) -> str:
+        """What it printed, once it has ended well."""
         seconds = _QUICK_SECONDS if verb in _QUICK else _VERB_SECONDS
         try:
             async with asyncio.timeout(seconds):
@@ -237,7 +256,7 @@ class Runsc:
 
         return (out or b"").decode()
 
-    def _prefix(self, container: Container | None) -> list[str]:
+    def _prefix(self, container: Container | None, log_file: Path | None = None) -> list[str]:
         flags = [
             str(self._binary if container is None else container.binary),
             f"--root={self._state}",
@@ -247,7 +266,7 @@ class Runsc:
         if container is not None:
             flags += [
                 f"--overlay2=root:dir={container.filestore}",
-                f"--log={_log_file(container)}",
+                f"--log={log_file or _log_file(container)}",
                 "--log-format=text",
             ]
         if os.geteuid() != 0:

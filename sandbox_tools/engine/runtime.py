@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from asyncio import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -81,8 +82,10 @@ class Runtime(Protocol):
         """Bring the container back from an image; it runs when this returns."""
         ...
 
-    async def checkpoint(self, container: Container, image: Path) -> None:
+    async def checkpoint(self, container: Container, image: Path, *, after: Future[None] | None = None) -> None:
         """Write memory, processes and files into an empty directory. The tasks go on or stand still as before.
+
+        Begun when `after` is done, and where that fails not at all; what can be made ready before, is.
 
         Whoever reads along finds files that grow at their ends, and nowhere else, or that come whole.
 

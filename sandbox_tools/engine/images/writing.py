@@ -61,16 +61,15 @@ class Writing:
             OSError: The disk is full or failing.
         """
         await self._turn(wanted)
+        standing = asyncio.ensure_future(self._stand(container, running=running))
         try:
-            if running:
-                await self._runtime.freeze(container)
             need = await asyncio.to_thread(self._runtime.image_bytes, container)
             async with self._quota.room(need):
                 draft = await asyncio.to_thread(self._store.begin, final, need)
                 try:
                     if wanted.is_set():
                         raise WantedError
-                    sealed = await self._image(container, draft, wanted)
+                    sealed = await self._image(container, draft, wanted, standing)
                     if description is not None:
                         (draft.partial / snapshots.DESCRIPTION).write_text(description, encoding="utf-8")
                 except BaseException:
@@ -80,7 +79,18 @@ class Writing:
                     await self._runtime.bound(container)
                 return await self._commit(draft, sealed, container.binary.name, wanted)
         finally:
+            await asyncio.wait({standing})
+            standing.exception()
             self._turns.release()
+
+    @property
+    def busy(self) -> bool:
+        """Whether another image has to wait for its turn."""
+        return self._turns.locked()
+
+    async def _stand(self, container: Container, *, running: bool) -> None:
+        if running:
+            await self._runtime.freeze(container)
 
     async def aclose(self) -> None:
         """Wait until nothing is left of what was given up."""
@@ -98,11 +108,13 @@ class Writing:
                 self._turns.release()
             raise WantedError
 
-    async def _image(self, container: Container, draft: Draft, wanted: asyncio.Event) -> snapshots.Sealed | None:
+    async def _image(
+        self, container: Container, draft: Draft, wanted: asyncio.Event, standing: asyncio.Future[None]
+    ) -> snapshots.Sealed | None:
         """Brought to its place while the runtime writes it, so that the disk is not idle until that has ended."""
         bringing = asyncio.ensure_future(asyncio.to_thread(self._store.bring, draft))
         try:
-            await self._runtime.checkpoint(container, draft.path)
+            await self._runtime.checkpoint(container, draft.path, after=standing)
             draft.whole.set()
             await _either(bringing, wanted)
             if wanted.is_set():
