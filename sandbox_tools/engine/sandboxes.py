@@ -30,8 +30,8 @@ class Sandboxes:
         self._entries = dict(entries)
 
     def all(self) -> list[Entry]:
-        """Those that are there, whatever they are doing."""
-        return [entry for entry in self._entries.values() if entry.phase != "gone"]
+        """Those that are there, whatever they are doing; may be called from any thread."""
+        return [entry for entry in list(self._entries.values()) if entry.phase != "gone"]
 
     def running(self) -> list[Entry]:
         """Those that run and are not on their way elsewhere."""

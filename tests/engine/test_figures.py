@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from sandbox_tools import Client
-from tests.machine import EngineProcess
+from sandbox_tools.engine.runsc import Runsc
+from tests.engine.inside import engine_inside
+from tests.machine import PATIENCE, EngineProcess
 
 
 def scraped(engine: EngineProcess) -> dict[tuple[str, ...], float]:
@@ -42,3 +49,27 @@ async def test_sandboxes_are_counted_by_what_they_do_and_operations_by_what_came
     assert seen["sandbox_tools_disk_free_bytes",] > 0
     assert seen["process_resident_memory_bytes",] > 10 << 20
     assert not any(sandbox.id in str(seen) for sandbox in (first, second))
+
+
+def test_nobody_waits_while_the_memory_of_a_sandbox_is_read(templates: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, answered = threading.Event(), threading.Event()
+
+    def resident_bytes(_runsc: Runsc, _container: object) -> int:
+        reading.set()
+        assert answered.wait(PATIENCE)
+        return 42
+
+    monkeypatch.setattr(Runsc, "resident_bytes", resident_bytes)
+    with engine_inside(templates) as engine, engine.http() as http, engine.http() as other:
+        box = engine.create()
+        for path in (f"/sandboxes/{box.id}", "/metrics"):
+            with ThreadPoolExecutor(1) as thread:
+                looked = thread.submit(http.get, path)
+                assert reading.wait(PATIENCE)
+
+                assert other.get("/v2/sandboxes").status_code == 200
+
+                answered.set()
+                assert "42" in looked.result(PATIENCE).text
+            reading.clear()
+            answered.clear()
