@@ -10,8 +10,10 @@ import logging
 import os
 import signal
 from pathlib import Path
+from subprocess import Popen
 
 from sandbox_tools.engine import bounds, groups, usage
+from sandbox_tools.engine.brisk import Brisk
 from sandbox_tools.engine.building.install import version_of
 from sandbox_tools.engine.gate import Gate, end_if_shut
 from sandbox_tools.engine.runtime import Container, ContainerState, Usage
@@ -23,8 +25,7 @@ log = logging.getLogger(__name__)
 _VERB_SECONDS = 300.0
 
 # Verbs that only ask or signal; milliseconds, unless what they ask stands still.
-_QUICK = frozenset(("state", "pause", "resume"))
-_QUICK_SECONDS = 20.0
+_ASK_SECONDS = 20.0
 
 # The last release of which it is known that it writes each file of an image from its beginning to its end.
 _LAST_IN_ORDER = 20240729
@@ -49,6 +50,7 @@ class Runsc:
         self._binary = binary
         self._state = state
         self._platform = platform
+        self._brisk = Brisk()
         self._deletions: set[asyncio.Task[None]] = set()
 
     async def create(self, container: Container) -> None:
@@ -70,7 +72,7 @@ class Runsc:
         arguments = (f"--image-path={into}", "--compression=none", "--leave-running", container.id)
         with Gate(container.directory) as gate:
             argv = [*self._prefix(container, gate.path), "checkpoint", *arguments]
-            process = await self._spawn(argv)
+            process = await self._brisk.start(argv)
             try:
                 if after is not None:
                     await asyncio.wait({after})
@@ -78,11 +80,10 @@ class Runsc:
                 _signal(container, signal.SIGCONT)  # its tasks stand still, and gVisor has to write
                 self._bound(container, None, None)  # the image is no file of the sandbox's
             except BaseException:
-                process.kill()
-                await process.wait()
+                await self._brisk.kill(process)
                 raise
             gate.open()
-            await self._end(process, argv, "checkpoint", container)
+            await self._end(process, argv, "checkpoint", container, _VERB_SECONDS)
         if into != image:
             for file in into.iterdir():
                 file.rename(image / file.name)
@@ -110,7 +111,7 @@ class Runsc:
     async def _turn(self, container: Container, verb: str, into: ContainerState) -> None:
         _signal(container, signal.SIGCONT)
         try:
-            await self._call(container, verb, container.id)
+            await self._ask(container, verb)
         except EngineError:
             # It is refused as well where there is nothing to do. To ask first would cost as much as the verb.
             if await self.state(container) != into:
@@ -126,7 +127,7 @@ class Runsc:
         if _stopped(pid):
             return "frozen"
 
-        status = json.loads(await self._call(container, "state", container.id))["status"]
+        status = json.loads(await self._ask(container, "state"))["status"]
         states: dict[str, ContainerState] = {"running": "running", "paused": "frozen"}
         return states.get(status, "gone")
 
@@ -218,42 +219,51 @@ class Runsc:
             # Deleting by force what never came to be is no error; anything else leaves a control group behind.
             log.warning("The records of container %s could not be removed: %s", container.id, error)
 
-    async def _call(self, container: Container | None, verb: str, *arguments: str, **streams: int) -> str:
-        argv = [*self._prefix(container), verb, *arguments]
-        return await self._end(await self._spawn(argv, **streams), argv, verb, container)
+    async def _ask(self, container: Container, verb: str) -> str:
+        """What a small verb printed."""
+        argv = [*self._prefix(container), verb, container.id]
+        return await self._end(await self._brisk.start(argv), argv, verb, container, _ASK_SECONDS)
 
-    async def _spawn(
+    async def _end(
+        self, process: Popen[bytes], argv: list[str], verb: str, container: Container, seconds: float
+    ) -> str:
+        try:
+            code, out, err = await self._brisk.end(process, seconds)
+        except TimeoutError:
+            raise _late(argv, verb, seconds) from None
+        return self._said(argv, verb, container, code, out, err)
+
+    async def _call(
         self,
-        argv: list[str],
-        *,
+        container: Container | None,
+        verb: str,
+        *arguments: str,
         stdin: int = asyncio.subprocess.DEVNULL,
         stdout: int = asyncio.subprocess.PIPE,
         stderr: int = asyncio.subprocess.PIPE,
-    ) -> asyncio.subprocess.Process:
-        # A Ctrl-C for the engine's terminal is not for its sandboxes.
-        return await asyncio.create_subprocess_exec(
+    ) -> None:
+        """A verb that brings up a container, or ends one, with whatever children that has."""
+        argv = [*self._prefix(container), verb, *arguments]
+        process = await asyncio.create_subprocess_exec(
             *argv, stdin=stdin, stdout=stdout, stderr=stderr, start_new_session=True
         )
-
-    async def _end(
-        self, process: asyncio.subprocess.Process, argv: list[str], verb: str, container: Container | None
-    ) -> str:
-        """What it printed, once it has ended well."""
-        seconds = _QUICK_SECONDS if verb in _QUICK else _VERB_SECONDS
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(_VERB_SECONDS):
                 out, err = await process.communicate()
         except TimeoutError:
             process.kill()
             await process.wait()
-            msg = f"`runsc {verb}` did not end within {seconds:.0f} s and was stopped."
-            raise EngineError(msg, argv=argv, op=verb) from None
+            raise _late(argv, verb, _VERB_SECONDS) from None
+        self._said(argv, verb, container, await process.wait(), out, err)
 
-        if process.returncode:
+    def _said(
+        self, argv: list[str], verb: str, container: Container | None, code: int, out: bytes | None, err: bytes | None
+    ) -> str:
+        """What it printed, if it ended well."""
+        if code:
             said = (err or b"").decode(errors="replace").strip() or self._logged(container)
-            msg = f"`runsc {verb}` failed with exit code {process.returncode}: {said[-600:] or 'it said nothing'}"
-            raise EngineError(msg, argv=argv, exit_code=process.returncode, stderr=said[-4000:], op=verb)
-
+            msg = f"`runsc {verb}` failed with exit code {code}: {said[-600:] or 'it said nothing'}"
+            raise EngineError(msg, argv=argv, exit_code=code, stderr=said[-4000:], op=verb)
         return (out or b"").decode()
 
     def _prefix(self, container: Container | None, log_file: Path | None = None) -> list[str]:
@@ -278,6 +288,11 @@ class Runsc:
         if container is None or not _log_file(container).exists():
             return ""
         return "\n".join(_log_file(container).read_text(errors="replace").splitlines()[-3:])
+
+
+def _late(argv: list[str], verb: str, seconds: float) -> EngineError:
+    msg = f"`runsc {verb}` did not end within {seconds:.0f} s and was stopped."
+    return EngineError(msg, argv=argv, op=verb)
 
 
 def _pid_file(container: Container) -> Path:
