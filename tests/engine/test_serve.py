@@ -153,7 +153,7 @@ def test_as_an_ordinary_user_sandboxes_pause_and_wake_too(templates: Path) -> No
             pid = box.value("import os; kept = 'yes'; open('/home/user/file', 'w').write('kept'); os.getpid()")
 
             assert box.post("pause").status_code == 204
-            assert engine.containers() == []
+            box.wait_for_no_process()
             assert box.post("connect", timeout=600).status_code == 201
 
             assert box.value("kept, open('file').read(), os.getpid()") == f"('yes', 'kept', {pid})"
