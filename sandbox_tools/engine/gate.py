@@ -51,8 +51,10 @@ def end_if_shut(pid: int) -> None:
         process = os.pidfd_open(pid)
         try:
             argv = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
-            gates = {each.removeprefix(_LOG) for each in argv if each.startswith(_LOG) and Path(each).name == _NAME}
-            if gates and not gates & {os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()}:
+            gates = [each.removeprefix(_LOG) for each in argv if each.startswith(_LOG) and Path(each).name == _NAME]
+            # Compared as files: a path may lead there by way of links.
+            through = any(os.path.samefile(gate, fd) for gate in gates for fd in Path(f"/proc/{pid}/fd").iterdir())
+            if gates and not through:
                 signal.pidfd_send_signal(process, signal.SIGKILL)
         finally:
             os.close(process)

@@ -9,11 +9,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from sandbox_tools.engine.building.install import install_runsc
 from sandbox_tools.engine.gate import Gate, end_if_shut
 from sandbox_tools.engine.runsc import Runsc
+from sandbox_tools.engine.runtime import Container
+from sandbox_tools.errors import EngineError
 from sandbox_tools.paths import state_directory
 
 COMES = """
@@ -60,8 +63,9 @@ def test_a_gate_that_is_open_before_anybody_comes_holds_nobody_up_and_nothing_is
 
 
 def test_who_waits_where_nobody_can_open_is_ended_and_who_is_through_is_left(tmp_path: Path) -> None:
-    (tmp_path / "other").mkdir()
-    with Gate(tmp_path) as shut, Gate(tmp_path / "other") as gate:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with Gate(tmp_path) as shut, Gate(tmp_path / "link") as gate:
         with coming(shut) as waiting, coming(gate, and_stays=True) as through:
             gate.open()
             assert through.stdout is not None
@@ -83,3 +87,18 @@ def test_an_engine_does_not_wait_for_a_runsc_that_its_predecessor_left_at_a_gate
             asyncio.run(asyncio.wait_for(Runsc(binary, tmp_path).settle(), 20))
 
             assert left.wait(10) == -9
+
+
+@pytest.mark.usefixtures("templates")
+async def test_a_checkpoint_never_begins_where_what_it_waits_for_fails(tmp_path: Path) -> None:
+    container = Container(id="x", directory=tmp_path, binary=install_runsc(state_directory()).path)
+    (tmp_path / "image").mkdir()
+    freezing = asyncio.get_running_loop().create_future()
+    freezing.set_exception(EngineError("it could not be frozen"))
+
+    with pytest.raises(EngineError, match="it could not be frozen"):
+        await Runsc(container.binary, tmp_path / "runsc").checkpoint(container, tmp_path / "image", after=freezing)
+
+    assert [path.name for path in tmp_path.iterdir()] == ["image"]
+    assert list((tmp_path / "image").iterdir()) == []
+    assert not [each for each in psutil.Process().children() if "checkpoint" in each.cmdline()]

@@ -79,9 +79,9 @@ class Writing:
                     await self._runtime.bound(container)
                 return await self._commit(draft, sealed, container.binary.name, wanted)
         finally:
+            self._turns.release()
             await asyncio.wait({standing})
             standing.exception()
-            self._turns.release()
 
     @property
     def busy(self) -> bool:
